@@ -1,0 +1,10 @@
+"""Fused attention for ranking models in PyTorch."""
+
+from recattn import data, functional, models, nn
+from recattn.backend import backend
+from recattn.jagged import Jagged
+from recattn.swap import fuse, unfuse
+
+__version__ = "0.1.0"
+
+__all__ = ["Jagged", "backend", "data", "functional", "fuse", "models", "nn", "unfuse"]

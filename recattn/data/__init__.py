@@ -1,0 +1,1 @@
+"""Readers of real logs and generators of synthetic ones."""

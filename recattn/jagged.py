@@ -1,0 +1,227 @@
+"""Variable-length sequences: rows end to end, and where each sequence begins."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Jagged:
+    """B sequences of different lengths, end to end.
+
+    Sequence b is `values[offsets[b]:offsets[b + 1]]`. Empty sequences are legal. Rows from `offsets[-1]` on
+    are slack: no operator reads them, and their gradient is zero.
+
+    Args:
+        values: `[T, ...]`, any dtype.
+        offsets: `[B + 1]`, int32 or int64, on the device of `values`; first 0, non-decreasing, last at most
+            T. The contents are not read here (that would synchronise with the device): see `validate`.
+
+    Raises:
+        TypeError: if `offsets` is neither int32 nor int64.
+        ValueError: if `values` has no dimension, `offsets` is not one-dimensional or is empty, or the two are
+            on different devices.
+    """
+
+    values: Tensor
+    offsets: Tensor
+
+    def __post_init__(self) -> None:
+        if self.values.dim() < 1:
+            raise ValueError("values: expected at least one dimension [T, ...], got a scalar")
+        check_offsets("offsets", self.offsets, self.values.device)
+
+    # ---------------------------------------------------------------- shape
+
+    @property
+    def batch_size(self) -> int:
+        """The number of sequences, empty ones included."""
+        return self.offsets.numel() - 1
+
+    @property
+    def lengths(self) -> Tensor:
+        """`[B]`, in the dtype of the offsets."""
+        return self.offsets.diff()
+
+    @property
+    def device(self) -> torch.device:
+        return self.values.device
+
+    def segment_ids(self) -> Tensor:
+        """`[T]` int64: the sequence that each row belongs to; B for slack rows."""
+        rows = torch.arange(self.values.shape[0], device=self.device, dtype=self.offsets.dtype)
+        return torch.searchsorted(self.offsets[1:].contiguous(), rows, right=True)
+
+    def to(self, *args: Any, **kwargs: Any) -> Jagged:
+        """As `Tensor.to` for the values; the offsets follow to the device and keep their dtype."""
+        values = self.values.to(*args, **kwargs)
+        return Jagged(values, self.offsets.to(values.device))
+
+    def with_values(self, values: Tensor) -> Jagged:
+        """The same sequences with other values, `[T, ...]`."""
+        if values.shape[:1] != self.values.shape[:1]:
+            raise ValueError(f"values: expected {self.values.shape[0]} rows, got {tuple(values.shape)}")
+        return Jagged(values, self.offsets)
+
+    def validate(self) -> Jagged:
+        """Checks the contents of the offsets, which costs a synchronisation with the device.
+
+        Raises:
+            ValueError: if they do not start at 0, decrease, or run past the last row.
+        """
+        offsets = self.offsets.cpu()
+        if offsets[0] != 0:
+            raise ValueError(f"offsets: expected the first to be 0, got {int(offsets[0])}")
+        if bool((offsets.diff() < 0).any()):
+            at = int((offsets.diff() < 0).nonzero()[0])
+            raise ValueError(
+                f"offsets: expected non-decreasing values, got {int(offsets[at])} then {int(offsets[at + 1])}"
+                f" at index {at}"
+            )
+        if offsets[-1] > self.values.shape[0]:
+            raise ValueError(
+                f"offsets: expected the last to be at most {self.values.shape[0]} (the rows of values),"
+                f" got {int(offsets[-1])}"
+            )
+        return self
+
+    # ---------------------------------------------------------------- conversions
+
+    @staticmethod
+    def from_lengths(values: Tensor, lengths: Tensor) -> Jagged:
+        """Rows that lie end to end already, with the length of each sequence, `[B]` integers."""
+        return Jagged(values, offsets_of(_integers("lengths", lengths, 1)))
+
+    @staticmethod
+    def from_padded(
+        padded: Tensor, *, lengths: Tensor | None = None, mask: Tensor | None = None, total: int | None = None
+    ) -> Jagged:
+        """Packs a padded batch. No value in the padding is read, so it may hold anything.
+
+        Args:
+            padded: `[B, L, ...]`.
+            lengths: `[B]` integers, right padding; a length over L counts as L. Or instead:
+            mask: `[B, L]`, bool or integers, non-zero where a position counts. Any pattern: left padding, holes.
+            total: the number of valid positions, if the host knows it. Without it nothing is copied to the
+                host: on an accelerator the result then has B·L rows, the last of which are slack. On the CPU
+                the rows are counted.
+        """
+        if padded.dim() < 2:
+            raise ValueError(f"padded: expected [B, L, ...], got {tuple(padded.shape)}")
+        batch, longest = padded.shape[:2]
+        if (lengths is None) == (mask is None):
+            raise ValueError("lengths, mask: expected exactly one of the two")
+        if lengths is not None:
+            lengths = _integers("lengths", lengths, 1)
+            _same_shape("lengths", lengths, (batch,))
+            valid = torch.arange(longest, device=padded.device) < lengths[:, None]
+        else:
+            assert mask is not None
+            if mask.dtype.is_floating_point or mask.dtype.is_complex:
+                raise TypeError(f"mask: expected bool or integers, got {mask.dtype}")
+            _same_shape("mask", mask, (batch, longest))
+            valid = mask != 0
+        offsets = offsets_of(valid.sum(1))
+        if total is None:
+            total = int(offsets[-1]) if padded.device.type == "cpu" else batch * longest
+        # Where each valid position goes; the others all go to one row past the end, which is dropped.
+        flat = valid.reshape(-1)
+        target = torch.where(flat, flat.cumsum(0) - 1, total).clamp_max(total)
+        rows = torch.zeros(total + 1, dtype=torch.int64, device=padded.device)
+        rows.scatter_(0, target, torch.arange(batch * longest, device=padded.device))
+        return Jagged(padded.reshape(batch * longest, *padded.shape[2:]).index_select(0, rows[:-1]), offsets)
+
+    def to_padded(self, max_length: int | None = None, padding_value: float = 0.0) -> Tensor:
+        """`[B, max_length, ...]`, right padded; longer sequences are cut.
+
+        Without `max_length` the longest sequence decides, which costs a synchronisation with the device.
+        """
+        if max_length is None:
+            max_length = int(self.lengths.max()) if self.batch_size else 0
+        trailing = self.values.shape[1:]
+        if self.values.shape[0] == 0 or max_length == 0:
+            return self.values.new_full((self.batch_size, max_length, *trailing), padding_value)
+        position = torch.arange(max_length, device=self.device)
+        valid = position < self.lengths[:, None]
+        rows = torch.where(valid, self.offsets[:-1, None] + position, 0)
+        padded = self.values.index_select(0, rows.reshape(-1)).reshape(self.batch_size, max_length, *trailing)
+        return padded.masked_fill(~valid.reshape(valid.shape + (1,) * len(trailing)), padding_value)
+
+    @staticmethod
+    def from_nested(nested: Tensor) -> Jagged:
+        """From a nested tensor with `layout=torch.jagged`, `[B, *, ...]`, ragged in dimension 1."""
+        if not nested.is_nested or nested.layout != torch.jagged:
+            raise TypeError(
+                f"nested: expected a nested tensor of layout torch.jagged, got {type(nested).__name__} of layout"
+                f" {nested.layout}"
+            )
+        if getattr(nested, "_ragged_idx", 1) != 1:
+            raise ValueError(f"nested: expected dimension 1 to be the ragged one, got {nested.shape}")
+        lengths = nested.lengths() if hasattr(nested, "lengths") else None
+        if lengths is None:
+            return Jagged(nested.values(), nested.offsets())
+        # A view with holes: gather the rows that count.
+        starts, values = nested.offsets()[:-1], nested.values()
+        offsets = offsets_of(lengths)
+        row = torch.arange(int(offsets[-1]), device=values.device)
+        sequence = torch.searchsorted(offsets[1:].contiguous(), row, right=True)
+        return Jagged(values.index_select(0, starts[sequence] + row - offsets[sequence]), offsets)
+
+    def to_nested(self) -> Tensor:
+        """A nested tensor, layout torch.jagged. Drops slack rows, which costs a synchronisation."""
+        return torch.nested.nested_tensor_from_jagged(self.values[: int(self.offsets[-1])], self.offsets)
+
+    @staticmethod
+    def from_torchrec(tensor: Any, key: str | None = None) -> Jagged:
+        """From a TorchRec `JaggedTensor`, or from one key of a `KeyedJaggedTensor`."""
+        if hasattr(tensor, "keys"):
+            if key is None:
+                raise ValueError(f"key: expected one of {list(tensor.keys())}, got None")
+            if key not in tensor.keys():  # noqa: SIM118 (a KeyedJaggedTensor is no mapping)
+                raise ValueError(f"key: expected one of {list(tensor.keys())}, got {key!r}")
+            tensor = tensor[key]
+        if not (hasattr(tensor, "values") and hasattr(tensor, "offsets")):
+            raise TypeError(
+                f"tensor: expected a JaggedTensor or KeyedJaggedTensor, got {type(tensor).__name__}"
+            )
+        return Jagged(tensor.values(), tensor.offsets())
+
+    def to_torchrec(self, key: str | None = None) -> Any:
+        """A TorchRec `JaggedTensor`, or with `key` a `KeyedJaggedTensor` of that one key."""
+        from torchrec import JaggedTensor, KeyedJaggedTensor
+
+        if key is None:
+            return JaggedTensor(self.values, offsets=self.offsets)
+        return KeyedJaggedTensor([key], self.values, offsets=self.offsets)
+
+
+def offsets_of(lengths: Tensor) -> Tensor:
+    """`[B]` lengths to `[B + 1]` int64 offsets."""
+    return torch.nn.functional.pad(lengths.to(torch.int64).cumsum(0), (1, 0))
+
+
+def check_offsets(name: str, offsets: Tensor, device: torch.device) -> None:
+    """Raises unless `offsets` is `[B + 1]`, int32 or int64, on `device`."""
+    if offsets.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{name}: expected int32 or int64, got {offsets.dtype}")
+    if offsets.dim() != 1 or offsets.numel() < 1:
+        raise ValueError(f"{name}: expected [B + 1] with at least one element, got {tuple(offsets.shape)}")
+    if offsets.device != device:
+        raise ValueError(f"{name}: expected device {device}, as the values, got {offsets.device}")
+
+
+def _integers(name: str, tensor: Tensor, dim: int) -> Tensor:
+    if tensor.dtype.is_floating_point or tensor.dtype in (torch.bool, torch.complex64, torch.complex128):
+        raise TypeError(f"{name}: expected integers, got {tensor.dtype}")
+    if tensor.dim() != dim:
+        raise ValueError(f"{name}: expected {dim} dimension(s), got {tuple(tensor.shape)}")
+    return tensor
+
+
+def _same_shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
+    if tuple(tensor.shape) != shape:
+        raise ValueError(f"{name}: expected {shape}, got {tuple(tensor.shape)}")

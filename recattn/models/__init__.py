@@ -1,0 +1,1 @@
+"""Ranking models out of fused layers."""

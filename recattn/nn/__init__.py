@@ -1,0 +1,6 @@
+"""Layers over the operators, each with an eager twin that shares its parameters."""
+
+from recattn.nn.activation_unit import ActivationUnit
+from recattn.nn.twin import Twin
+
+__all__ = ["ActivationUnit", "Twin"]

@@ -1,0 +1,1 @@
+"""The operators as PyTorch knows them: schema, fake, autograd, and an implementation per device."""

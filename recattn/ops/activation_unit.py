@@ -1,0 +1,191 @@
+"""activation_unit: schema, fake, autograd, and its implementations bound to the dispatcher."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from recattn.composite import activation_unit as composite
+from recattn.ops.fold import FEATURES, fold, unfold
+from recattn.ops.library import LIBRARY, choose
+
+__all__ = ["ACTIVATIONS", "FEATURES", "NORMALIZATIONS", "backward_op", "forward_op"]
+
+ACTIVATIONS = ("sigmoid", "relu", "leaky_relu", "prelu", "silu", "gelu", "tanh", "identity")
+NORMALIZATIONS = ("softmax", "none")
+
+_ARGUMENTS = (
+    "Tensor query, Tensor keys, Tensor offsets, Tensor? values, Tensor[] weights, Tensor[] biases,"
+    " Tensor[] slopes, str[] features, str activation, float negative_slope, str normalize, float scale"
+)
+LIBRARY.define(
+    f"activation_unit({_ARGUMENTS}, bool return_scores, str backend) -> (Tensor out, Tensor scores, Tensor lse)"
+)
+LIBRARY.define(
+    f"activation_unit_backward(Tensor grad_out, Tensor? grad_scores, Tensor out, Tensor scores, Tensor lse,"
+    f" {_ARGUMENTS}, str backend) -> Tensor[]"
+)
+forward_op = torch.ops.recattn.activation_unit.default
+backward_op = torch.ops.recattn.activation_unit_backward.default
+
+
+def _unit(
+    query: Tensor,
+    keys: Tensor,
+    offsets: Tensor,
+    values: Tensor | None,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    slopes: Sequence[Tensor],
+    features: Sequence[str],
+    activation: str,
+    negative_slope: float,
+    normalize: str,
+    scale: float,
+) -> composite.Unit:
+    """The call with its first layer folded, in fp32 at least."""
+    dtype = torch.promote_types(keys.dtype, torch.float32)
+    weights, biases = [w.to(dtype) for w in weights], [b.to(dtype) for b in biases]
+    return composite.Unit(
+        query=query,
+        keys=keys,
+        values=keys if values is None else values,
+        offsets=offsets,
+        first=fold(weights[0], biases[0], query.to(dtype), features),
+        weights=weights[1:],
+        biases=biases[1:],
+        slopes=[s.to(dtype) for s in slopes] or [negative_slope] * (len(weights) - 1),
+        activation=activation,
+        normalize=normalize,
+        scale=scale,
+    )
+
+
+def _forward(*arguments: Any, on_gpu: bool) -> tuple[Tensor, Tensor, Tensor]:
+    *call, return_scores, backend = arguments
+    unit = _unit(*call)
+
+    def triton() -> tuple[Tensor, Tensor, Tensor]:
+        from recattn.kernels.activation_unit import forward
+
+        return forward(unit, return_scores)
+
+    out, scores, lse = choose(
+        backend, on_gpu, partial(_uncovered, unit), triton, partial(composite.forward, unit)
+    )
+    dtype = unit.values.dtype
+    return out.to(dtype), scores.to(dtype) if return_scores else scores.new_empty(0, dtype=dtype), lse
+
+
+def _backward(
+    grad_out: Tensor,
+    grad_scores: Tensor | None,
+    out: Tensor,
+    scores: Tensor,
+    lse: Tensor,
+    *arguments: Any,
+    on_gpu: bool,
+) -> list[Tensor]:
+    *call, backend = arguments
+    unit = _unit(*call)
+    delta = None
+    if unit.normalize == "softmax":  # Σ_t a_t dL/da_t, where Σ_t a_t v_t is out
+        delta = torch.linalg.vecdot(grad_out.to(unit.dtype), out.to(unit.dtype))
+        if grad_scores is not None:
+            products = scores.to(unit.dtype) * grad_scores
+            delta += composite.segment_sum(products.unsqueeze(1), unit.offsets).squeeze(1)
+
+    def triton() -> tuple[Tensor, ...]:
+        from recattn.kernels.activation_unit import backward
+
+        return backward(unit, grad_out, grad_scores, delta, lse)
+
+    query, keys, values, key, product, bias, weights, biases, slopes = choose(
+        backend,
+        on_gpu,
+        partial(_uncovered, unit),
+        triton,
+        partial(composite.backward, unit, grad_out, grad_scores, delta, lse),
+    )
+    weight, first_bias, through_bias = unfold(
+        key, product, bias, unit.first, unit.query.to(unit.dtype), call[7]
+    )
+    gradients = [query + through_bias, keys, *([] if values is None else [values])]
+    gradients += [weight, *weights, first_bias, *biases, *slopes]
+    return [gradient.to(unit.keys.dtype) for gradient in gradients]
+
+
+def _uncovered(unit: composite.Unit) -> str | None:
+    from recattn.kernels.activation_unit import uncovered
+
+    return uncovered(unit)
+
+
+for _key, _on_gpu in (("CPU", False), ("CUDA", True)):
+    LIBRARY.impl("activation_unit", partial(_forward, on_gpu=_on_gpu), _key)
+    LIBRARY.impl("activation_unit_backward", partial(_backward, on_gpu=_on_gpu), _key)
+
+
+@torch.library.register_fake("recattn::activation_unit", lib=LIBRARY)
+def _fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    query, keys, _, values = arguments[:4]
+    return_scores = arguments[-2]
+    values = keys if values is None else values
+    out = values.new_empty(query.shape[0], values.shape[1])
+    scores = values.new_empty(values.shape[0] if return_scores else 0)
+    return out, scores, query.new_empty(query.shape[0], dtype=torch.promote_types(keys.dtype, torch.float32))
+
+
+@torch.library.register_fake("recattn::activation_unit_backward", lib=LIBRARY)
+def _fake_backward(*arguments: Any) -> list[Tensor]:
+    query, keys, _, values, weights, biases, slopes = arguments[5:12]
+    inputs = [query, keys, *([] if values is None else [values]), *weights, *biases, *slopes]
+    return [tensor.new_empty(tensor.shape) for tensor in inputs]
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    query, keys, offsets, values, weights, biases, slopes, *options, _, backend = inputs
+    optional = [] if values is None else [values]
+    ctx.save_for_backward(*output, query, keys, offsets, *optional, *weights, *biases, *slopes)
+    ctx.counts = (len(optional), len(weights), len(slopes))
+    ctx.options = (*options, backend)
+    ctx.set_materialize_grads(False)
+
+
+def _backward_formula(ctx: Any, grad_out: Tensor | None, grad_scores: Tensor | None, _: Tensor | None) -> Any:
+    out, scores, lse, query, keys, offsets, *rest = ctx.saved_tensors
+    separate, layers, slopes = ctx.counts
+    values = rest[0] if separate else None
+    groups = [
+        rest[separate : separate + layers],
+        rest[separate + layers :][:layers],
+        rest[separate + 2 * layers :],
+    ]
+    if grad_out is None:
+        grad_out = torch.zeros_like(out)
+    gradients = backward_op(
+        grad_out, grad_scores, out, scores, lse, query, keys, offsets, values, *groups, *ctx.options
+    )
+    grad_query, grad_keys, *gradients = gradients
+    grad_values = gradients.pop(0) if separate else None
+    grad_weights, grad_biases = gradients[:layers], gradients[layers : 2 * layers]
+    options = (None,) * (len(ctx.options) + 1)
+    return (
+        grad_query,
+        grad_keys,
+        None,
+        grad_values,
+        grad_weights,
+        grad_biases,
+        gradients[2 * layers :],
+        *options,
+    )
+
+
+torch.library.register_autograd(
+    "recattn::activation_unit", _backward_formula, setup_context=_setup_context, lib=LIBRARY
+)

@@ -1,0 +1,32 @@
+"""The `recattn::` namespace, and how an implementation is chosen within a device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+LIBRARY = torch.library.Library("recattn", "DEF")
+
+
+def choose(
+    backend: str,
+    on_gpu: bool,
+    uncovered: Callable[[], str | None],
+    triton: Callable[[], Any],
+    composite: Callable[[], Any],
+) -> Any:
+    """Runs one of two implementations: the backend named, or else kernels on a GPU where they cover the call.
+
+    Args:
+        uncovered: why no kernel covers the call, or None if one does.
+    """
+    if backend == "torch" or (backend == "auto" and not on_gpu):
+        return composite()
+    reason = uncovered()
+    if reason is None:
+        return triton()
+    if backend == "auto":
+        return composite()
+    raise NotImplementedError(f'backend "triton": {reason}')

@@ -1,0 +1,112 @@
+"""activation_unit by its formula: once per sequence, once padded as other libraries compute it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+FEATURES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "q": lambda q, k: q.expand_as(k),
+    "k": lambda q, k: k,
+    "q-k": lambda q, k: q - k,
+    "q*k": lambda q, k: q * k,
+}
+
+
+def activate(z: Tensor, activation: str, slope: Tensor | float | None) -> Tensor:
+    """The activation of a hidden layer; `slope` is that of prelu (1 or H elements) or leaky_relu."""
+    match activation:
+        case "sigmoid" | "relu" | "tanh":
+            return getattr(torch, activation)(z)
+        case "silu" | "gelu":
+            return getattr(F, activation)(z)
+        case "leaky_relu" | "prelu":
+            return torch.where(z > 0, z, slope * z)
+        case "identity":
+            return z
+    raise NotImplementedError(f"activation {activation!r}")
+
+
+def scores(
+    query: Tensor,
+    keys: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    features: Sequence[str],
+    activation: str,
+    activation_params: Sequence[Tensor] | float | None,
+) -> Tensor:
+    """`[..., D]` queries and `[..., L, D]` keys to `[..., L]` scores, before scale and normalisation."""
+    hidden = torch.cat([FEATURES[name](query.unsqueeze(-2), keys) for name in features], dim=-1)
+    for layer, (weight, bias) in enumerate(zip(weights[:-1], biases[:-1], strict=True)):
+        if isinstance(activation_params, Sequence):
+            slope: Tensor | float | None = activation_params[layer]
+        else:
+            slope = activation_params
+        hidden = activate(F.linear(hidden, weight, bias), activation, slope)
+    return F.linear(hidden, weights[-1], biases[-1]).squeeze(-1)
+
+
+def activation_unit(
+    query: Tensor,
+    keys: Tensor,
+    offsets: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    *,
+    values: Tensor | None = None,
+    features: Sequence[str] = ("q", "k", "q-k", "q*k"),
+    activation: str = "sigmoid",
+    activation_params: Sequence[Tensor] | float | None = None,
+    normalize: str = "softmax",
+    scale: float = 1.0,
+    return_scores: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """One sequence at a time: score each key, normalise over the sequence, sum the values."""
+    values = keys if values is None else values
+    bounds = offsets.tolist()
+    pooled, attention = [], []
+    for b, (begin, end) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
+        s = scale * scores(
+            query[b], keys[begin:end], weights, biases, features, activation, activation_params
+        )
+        a = torch.softmax(s, dim=0) if normalize == "softmax" else s
+        attention.append(a)
+        pooled.append(a @ values[begin:end])
+    out = torch.stack(pooled) if pooled else values.new_zeros(0, values.shape[1])
+    if not return_scores:
+        return out
+    slack = values.new_zeros(values.shape[0] - bounds[-1])
+    return out, torch.cat([*attention, slack])
+
+
+def activation_unit_padded(
+    query: Tensor,
+    keys: Tensor,
+    mask: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    *,
+    values: Tensor | None = None,
+    features: Sequence[str] = ("q", "k", "q-k", "q*k"),
+    activation: str = "sigmoid",
+    activation_params: Sequence[Tensor] | float | None = None,
+    normalize: str = "softmax",
+    scale: float = 1.0,
+    return_scores: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """The same over `keys [B, L, D]` and a boolean `mask [B, L]`, as eager libraries do it.
+
+    Padding must be finite: it is computed with and weighted 0.
+    """
+    values = keys if values is None else values
+    s = scale * scores(query, keys, weights, biases, features, activation, activation_params)
+    if normalize == "softmax":
+        # A finite fill keeps an empty row free of NaN; its uniform weights are then zeroed as all padding is.
+        s = torch.softmax(s.masked_fill(~mask, torch.finfo(s.dtype).min), dim=-1)
+    a = s.masked_fill(~mask, 0)
+    out = torch.bmm(a.unsqueeze(1), values).squeeze(1)
+    return (out, a) if return_scores else out
