@@ -1,0 +1,166 @@
+"""activation_unit forward: one kernel for all of it, one that joins what the schedule cut apart."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import settings
+from .arguments import Histories, Spec, get
+from .mlp import first_layer, load_network, run_layers, score
+from .normal_form import NormalForm, normal_form
+from .primitives import LN_2, exp2, load_rows, load_vector, pool, scale, store_row, zero_rows
+from .schedule import find_sequence, merge, rows_per_program
+
+
+@triton.jit
+def _forward_kernel(data, net, out, lse, scores, part, part_state, SPEC: tl.constexpr):
+    D: tl.constexpr = get(SPEC, "dim")
+    DV: tl.constexpr = get(SPEC, "value_dim")
+    SLAB: tl.constexpr = get(SPEC, "dim_slab")
+    BLOCK: tl.constexpr = get(SPEC, "block")
+    SOFTMAX: tl.constexpr = get(SPEC, "softmax")
+    APPROX: tl.constexpr = get(SPEC, "approx")
+    PRECISION: tl.constexpr = get(SPEC, "precision")
+    program = tl.program_id(0)
+    total = tl.load(data.offsets + data.batch)
+    share = rows_per_program(total, tl.num_programs(0), get(SPEC, "least_rows"))
+    begin = tl.minimum(program.to(tl.int64) * share, total).to(total.dtype)
+    end = tl.minimum(begin + share, total)
+    if begin >= end:
+        return
+    sequence = find_sequence(data.offsets, data.batch, begin)
+    layers, slopes, last = load_network(net, SPEC)
+    token = tl.arange(0, BLOCK)
+    while begin < end:
+        first_row = tl.load(data.offsets + sequence)
+        last_row = tl.load(data.offsets + sequence + 1)
+        stop = tl.minimum(last_row, end)
+        if begin < stop:
+            owner = sequence.to(tl.int64)
+            q = load_vector(data.query + owner * data.query_stride, D, SLAB)
+            first = first_layer(net, q, owner, SPEC)
+            peak = tl.full([], float("-inf"), tl.float32)
+            mass = tl.zeros([BLOCK], tl.float32)
+            acc = zero_rows(1 if PRECISION == "ieee" else 16, DV, SLAB)
+            k_tile = data.key + begin.to(tl.int64) * data.key_stride
+            v_tile = data.value + begin.to(tl.int64) * data.value_stride
+            for start in tl.range(begin, stop, BLOCK, num_stages=get(SPEC, "stages")):
+                valid = token < (stop - start)
+                k = load_rows(k_tile, token, data.key_stride, valid, D, SLAB)
+                k_tile += BLOCK * data.key_stride
+                if get(SPEC, "separate_values"):
+                    v = load_rows(v_tile, token, data.value_stride, valid, DV, SLAB)
+                    v_tile += BLOCK * data.value_stride
+                else:
+                    v = k
+                _, hs = run_layers(k, first, layers, slopes, SPEC)
+                s = score(hs[len(hs) - 1], last)  # [BLOCK]
+                if get(SPEC, "with_scores"):
+                    tl.store(scores + start + token, s, mask=valid)
+                if SOFTMAX:
+                    s = tl.where(valid, s, float("-inf"))
+                    top = tl.max(s)
+                    # Rescaling waits until the maximum has grown 2^8 times: as exact, and rare.
+                    if top > peak + 8:
+                        factor = exp2(peak - top, APPROX)
+                        peak = top
+                        mass = mass * factor
+                        acc = scale(acc, factor)
+                    p = exp2(s - peak, APPROX)
+                    mass += p
+                else:
+                    p = tl.where(valid, s, 0.0)
+                acc = pool(p, v, acc, PRECISION)
+            norm = tl.sum(mass)
+            if (begin == first_row) & (stop == last_row):
+                if SOFTMAX:
+                    acc = scale(acc, 1 / norm)
+                    tl.store(lse + sequence, (peak + tl.log2(norm)) * LN_2)
+                store_row(out + owner * DV, acc, DV, SLAB)
+            else:
+                slot = 2 * program + (begin == first_row).to(tl.int32)
+                store_row(part + slot * DV, acc, DV, SLAB)
+                tl.store(part_state + 2 * slot, peak)
+                tl.store(part_state + 2 * slot + 1, norm)
+        begin = stop
+        sequence += 1
+
+
+def uncovered(unit: Any) -> str | None:
+    """Why no kernel here takes this call, or None if one does."""
+    if unit.keys.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        return f"no kernel computes in {unit.keys.dtype}"
+    if not 1 <= len(unit.weights) <= 3:
+        return f"kernels have 1 to 3 hidden layers, not {len(unit.weights)}"
+    hidden = [unit.first.bias.shape[1], *(b.shape[0] for b in unit.biases)]
+    widest = max(unit.keys.shape[1], unit.values.shape[1], *hidden)
+    if widest > settings.WIDEST:
+        return f"kernels take keys, values and hidden layers up to {settings.WIDEST} wide, not {widest}"
+    return None
+
+
+def forward(unit: Any, with_scores: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """`out [B, Dv]`, the attention `[T]` if asked for, and the log-sum-exp `[B]`, of a folded call.
+
+    `unit` is a `recattn.composite.activation_unit.Unit`.
+    """
+    net = normal_form(unit)
+    data = histories(unit)
+    batch, total, value_dim = data.batch, data.key.shape[0], data.value.shape[1]
+    out = data.value.new_zeros(batch, value_dim)
+    lse = data.key.new_full((batch,), -torch.inf, dtype=torch.float32)
+    scores = lse.new_zeros(total if with_scores else 0)
+    if batch == 0 or total == 0:
+        return out, scores, lse
+    launch = settings.FORWARD[net.precision]
+    programs = settings.programs(launch, total, data.key.device)
+    spec = specialize(unit, net, launch, with_scores)
+    part, part_state = lse.new_empty(2 * programs, value_dim), lse.new_empty(2 * programs, 2)
+    _forward_kernel[(programs,)](
+        data, net.network, out, lse, scores, part, part_state, SPEC=spec, num_warps=launch.num_warps
+    )
+    merge(part, part_state if spec.softmax else None, data.offsets, out, lse, programs, launch.least_rows)
+    if with_scores and spec.softmax:
+        scores = _attention(scores, data.offsets, lse)
+    return out, scores, lse
+
+
+def histories(unit: Any) -> Histories:
+    """The data of a call. Rows may be strided, their elements may not."""
+    query, keys, values = (x if x.stride(1) == 1 else x.contiguous() for x in (unit.query, unit.keys, unit.values))
+    strides = (query.stride(0), keys.stride(0), values.stride(0))
+    return Histories(query, keys, values, unit.offsets, unit.offsets.numel() - 1, *strides)
+
+
+def specialize(unit: Any, net: NormalForm, launch: settings.Launch, with_scores: bool) -> Spec:
+    return Spec(
+        dim=unit.keys.shape[1],
+        value_dim=unit.values.shape[1],
+        hidden=net.hidden,
+        activation=net.form.kernel,
+        softmax=unit.normalize == "softmax",
+        separate_values=unit.values is not unit.keys,
+        with_scores=with_scores,
+        precision="ieee" if net.precision == "ieee" else "tf32",
+        approx=net.approx,
+        block=launch.block,
+        slab=launch.slab,
+        last_slab=launch.last_slab,
+        dim_slab=launch.dim_slab,
+        least_rows=launch.least_rows,
+        stages=launch.num_stages,
+    )
+
+
+def _attention(scores: Tensor, offsets: Tensor, lse: Tensor) -> Tensor:
+    """Softmax, from scores in base 2 and each sequence's log-sum-exp in base e; zero for slack rows."""
+    rows = torch.arange(scores.shape[0], device=scores.device, dtype=offsets.dtype)
+    sequence = torch.searchsorted(offsets[1:].contiguous(), rows, right=True)
+    normalizer = torch.nn.functional.pad(lse, (0, 1), value=torch.inf)  # the last for slack rows
+    return (scores * math.log(2) - normalizer[sequence]).exp_()

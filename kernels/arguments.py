@@ -1,0 +1,95 @@
+"""What the kernels of activation_unit are called with: tensors in named tuples, constants in one Spec."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import triton
+from torch import Tensor
+
+
+class Histories(NamedTuple):
+    """The data, and the strides of its rows."""
+
+    query: Tensor  # [B, D]
+    key: Tensor  # [T, D]
+    value: Tensor  # [T, Dv], the keys if there are no other values; a tuple in Triton has a `values` of its own
+    offsets: Tensor  # [B + 1]
+    batch: int
+    query_stride: int
+    key_stride: int
+    value_stride: int
+
+
+class Network(NamedTuple):
+    """The MLP in normal form: matrices in the dtype of the products, vectors in float32."""
+
+    key: Tensor  # [H1, D]
+    product: Tensor  # [H1, D]
+    first_bias: Tensor  # [B, H1]
+    weights: tuple[Tensor, ...]  # [H2, H1], ...
+    biases: tuple[Tensor, ...]  # [H2], ...
+    slopes: tuple[Tensor, ...]  # [H1], [H2], ...
+    last_weight: Tensor  # [Hn]
+    last_bias: Tensor  # [1]
+
+
+class Upstream(NamedTuple):
+    """What backward begins with."""
+
+    grad_out: Tensor  # [B, Dv]
+    grad_scores: Tensor  # [T]
+    delta: Tensor  # [B], Σ_t a_t dL/da_t
+    lse: Tensor  # [B]
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What a kernel is compiled for. Nothing here depends on a length or on the size of the batch."""
+
+    dim: int
+    value_dim: int
+    hidden: tuple[int, ...]
+    activation: str  # as `primitives.activate` knows it
+    softmax: bool
+    separate_values: bool
+    with_scores: bool  # forward writes them, backward gets their gradient
+    precision: str  # of products, as tl.dot takes it
+    approx: bool  # approximate instructions of NVIDIA GPUs
+    block: int  # tokens per tile
+    slab: int  # widest slab of a hidden layer that another one reads
+    last_slab: tuple[int, int]  # widest and narrowest slab of the last hidden layer
+    dim_slab: int  # widest slab of keys and values
+    least_rows: int  # fewest rows worth a program
+    stages: int
+
+
+@triton.constexpr_function
+def get(spec, name):
+    """A field of a Spec, as a constexpr."""
+    return getattr(spec, name)
+
+
+@triton.constexpr_function
+def depth(spec):
+    """The number of hidden layers."""
+    return len(spec.hidden)
+
+
+@triton.constexpr_function
+def width(layer, spec):
+    """Units of a hidden layer."""
+    return spec.hidden[layer]
+
+
+@triton.constexpr_function
+def widest(layer, spec):
+    """The widest slab of a hidden layer."""
+    return spec.last_slab[0] if layer == len(spec.hidden) - 1 else spec.slab
+
+
+@triton.constexpr_function
+def narrowest(layer, spec):
+    """The narrowest slab of a hidden layer. A product reads at least 16 columns, the score any number."""
+    return spec.last_slab[1] if layer == len(spec.hidden) - 1 else 16

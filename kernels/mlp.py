@@ -1,0 +1,152 @@
+"""The scoring MLP on tiles of tokens: layers are tuples of slabs `[tokens, units]`."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .arguments import depth, get, narrowest, widest, width
+from .primitives import (
+    activate,
+    activate_backward,
+    columns,
+    dot,
+    load_matrix,
+    load_vector,
+    multiply_add,
+)
+
+
+@triton.jit
+def load_units(pointer, LAYER: tl.constexpr, SPEC: tl.constexpr):
+    """A vector over the units of a hidden layer."""
+    return load_vector(pointer, width(LAYER, SPEC), widest(LAYER, SPEC), narrowest(LAYER, SPEC))
+
+
+@triton.jit
+def load_network(net, SPEC: tl.constexpr):
+    """What all sequences share: per hidden layer after the first its (weight, bias), the slopes, and the last
+    layer's (weight, bias)."""
+    layers = ()
+    for i in tl.static_range(1, depth(SPEC)):
+        weight = load_matrix(
+            net.weights[i - 1],
+            width(i, SPEC),
+            widest(i, SPEC),
+            narrowest(i, SPEC),
+            width(i - 1, SPEC),
+            get(SPEC, "slab"),
+        )
+        layers = layers + ((weight, load_units(net.biases[i - 1], i, SPEC)),)
+    slopes = ()
+    for i in tl.static_range(depth(SPEC)):
+        if get(SPEC, "activation") == "leaky_relu":
+            slopes = slopes + (load_units(net.slopes[i], i, SPEC),)
+        else:
+            slopes = slopes + ((),)
+    last = (load_units(net.last_weight, depth(SPEC) - 1, SPEC), tl.load(net.last_bias))
+    return layers, slopes, last
+
+
+@triton.jit
+def first_layer(net, q, sequence, SPEC: tl.constexpr):
+    """The first layer as the query of a sequence makes it: (W_eff = key + product·diag(q), c)."""
+    H1: tl.constexpr = width(0, SPEC)
+    D: tl.constexpr = get(SPEC, "dim")
+    key = load_matrix(net.key, H1, widest(0, SPEC), narrowest(0, SPEC), D, get(SPEC, "dim_slab"))
+    product = load_matrix(net.product, H1, widest(0, SPEC), narrowest(0, SPEC), D, get(SPEC, "dim_slab"))
+    weight = ()
+    for i in tl.static_range(len(key)):
+        diagonal = q[i % len(q)][None, :]
+        weight = weight + (multiply_add(product[i], diagonal, key[i], get(SPEC, "approx")),)
+    return weight, load_units(net.first_bias + sequence * H1, 0, SPEC)
+
+
+@triton.jit
+def dense(h, layer, SPEC: tl.constexpr):
+    """The pre-activations of a layer."""
+    weight, bias = layer
+    out = ()
+    for j in tl.static_range(len(bias)):
+        z = tl.broadcast_to(bias[j][None, :], [h[0].shape[0], bias[j].shape[0]])
+        for i in tl.static_range(len(h)):
+            w = weight[j * len(h) + i]
+            z = dot(h[i].to(w.dtype), tl.trans(w), z, get(SPEC, "precision"))
+        out = out + (z,)
+    return out
+
+
+@triton.jit
+def activate_units(zs, slopes, SPEC: tl.constexpr):
+    out = ()
+    for j in tl.static_range(len(zs)):
+        slope = slopes[j][None, :] if len(slopes) > 0 else 0.0
+        out = out + (activate(zs[j], slope, get(SPEC, "activation"), get(SPEC, "approx")),)
+    return out
+
+
+@triton.jit
+def run_layers(k, first, layers, slopes, SPEC: tl.constexpr):
+    """The hidden layers over a tile of keys: per layer its pre-activations, and its units."""
+    zs = (dense(k, first, SPEC),)
+    hs = (activate_units(zs[0], slopes[0], SPEC),)
+    for i in tl.static_range(len(layers)):
+        zs = zs + (dense(hs[i], layers[i], SPEC),)
+        hs = hs + (activate_units(zs[i + 1], slopes[i + 1], SPEC),)
+    return zs, hs
+
+
+@triton.jit
+def score(h, last):
+    """`[tokens]`: the last, linear layer. Columns are summed eight apart first, which stays within a thread."""
+    weight, bias = last
+    octets = tl.zeros([h[0].shape[0], 8], tl.float32)
+    for j in tl.static_range(len(h)):
+        terms = h[j] * weight[j][None, :]
+        octets += tl.sum(tl.reshape(terms, [h[j].shape[0], h[j].shape[1] // 8, 8]), 1)
+    return tl.sum(octets, 1) + bias
+
+
+# ------------------------------------------------------------------------------------------------ backward
+
+
+@triton.jit
+def times_weight(dz, weight, acc, SPEC: tl.constexpr):
+    """`acc + dz W`: through a layer, from dL/dz to the gradient of what it read."""
+    out = ()
+    for i in tl.static_range(len(acc)):
+        grad = acc[i]
+        for j in tl.static_range(len(dz)):
+            w = weight[j * len(acc) + i]
+            grad = dot(dz[j].to(w.dtype), w, grad, get(SPEC, "precision"))
+        out = out + (grad,)
+    return out
+
+
+@triton.jit
+def activate_units_backward(dh, zs, hs, slopes, SPEC: tl.constexpr):
+    out = ()
+    for j in tl.static_range(len(zs)):
+        slope = slopes[j][None, :] if len(slopes) > 0 else 0.0
+        dz = activate_backward(dh[j], zs[j], hs[j], slope, get(SPEC, "activation"), get(SPEC, "approx"))
+        out = out + (dz,)
+    return out
+
+
+@triton.jit
+def run_layers_backward(ds, zs, hs, layers, slopes, last, SPEC: tl.constexpr):
+    """dL/dh and dL/dz of each hidden layer, the last layer first."""
+    n: tl.constexpr = depth(SPEC) - 1
+    dh = ()
+    for j in tl.static_range(len(last[0])):
+        dh = dh + (ds[:, None] * last[0][j][None, :],)
+    dhs = (dh,)
+    dzs = (activate_units_backward(dh, zs[n], hs[n], slopes[n], SPEC),)
+    for i in tl.static_range(n):
+        zero = ()
+        for j in tl.static_range(len(zs[n - 1 - i])):
+            zero = zero + (tl.zeros(zs[n - 1 - i][j].shape, tl.float32),)
+        dhs = dhs + (times_weight(dzs[i], layers[n - 1 - i][0], zero, SPEC),)
+        dz = activate_units_backward(dhs[i + 1], zs[n - 1 - i], hs[n - 1 - i], slopes[n - 1 - i], SPEC)
+        dzs = dzs + (dz,)
+    return dhs, dzs

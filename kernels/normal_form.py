@@ -1,0 +1,115 @@
+"""The network as the kernels compute it, and the way back for its gradients.
+
+sigmoid(z) = ½·tanh(z/2) + ½, and tanh is one instruction where sigmoid is four. So a kernel computes tanh, and the
+factors go into the weights: the pre-activation of a layer is scaled by `inner`, and the next layer reads
+`gain·u + shift` for what the kernel has as u:
+
+    W' = inner·gain·W      b' = inner·(b + shift·rowsum(W))
+
+The scale of the scores and log2 e, which turns softmax's exp into exp2, go into the last layer in the same way.
+Where fp32 is asked for at its full accuracy, or tanh is no instruction, a kernel computes the function itself.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from . import settings
+from .arguments import Network
+
+
+class Form(NamedTuple):
+    """How an activation is computed: `act(z) = gain·kernel(inner·z) + shift`."""
+
+    kernel: str
+    inner: float = 1.0
+    gain: float = 1.0
+    shift: float = 0.0
+
+
+FOLDED = {"sigmoid": Form("tanh", 0.5, 0.5, 0.5), "silu": Form("half_silu", 0.5)}
+PLAIN = {"prelu": Form("leaky_relu")}
+
+
+class NormalForm(NamedTuple):
+    """A call's network as a kernel computes it."""
+
+    network: Network
+    hidden: tuple[int, ...]
+    precision: str
+    approx: bool
+    form: Form
+    last_factor: float
+
+
+def normal_form(unit: Any) -> NormalForm:
+    """Of a `recattn.composite.activation_unit.Unit`."""
+    precision = settings.precision(unit.keys.dtype)
+    plain = PLAIN.get(unit.activation, Form(unit.activation))
+    form = plain if precision == "ieee" else FOLDED.get(unit.activation, plain)
+    last_factor = unit.scale * (math.log2(math.e) if unit.normalize == "softmax" else 1.0)
+    dtype = unit.keys.dtype
+    first = [x if form.inner == 1 else x * form.inner for x in unit.first[1:]]
+    *weights, last_weight = unit.weights
+    *biases, last_bias = unit.biases
+    network = Network(
+        key=first[0].to(dtype).contiguous(),
+        product=first[1].to(dtype).contiguous(),
+        first_bias=first[2],
+        weights=tuple(_scaled(w, form.inner * form.gain).to(dtype).contiguous() for w in weights),
+        biases=tuple(_shifted(w, b, form, form.inner) for w, b in zip(weights, biases, strict=True)),
+        slopes=_slopes(unit),
+        last_weight=_scaled(last_weight, last_factor * form.gain).flatten(),
+        last_bias=_shifted(last_weight, last_bias, form, last_factor),
+    )
+    approx = precision != "ieee" and torch.version.hip is None and not triton.knobs.runtime.interpret
+    hidden = (unit.first.bias.shape[1], *(b.shape[0] for b in biases))
+    return NormalForm(network, hidden, precision, approx, form, last_factor)
+
+
+def gradients(
+    net: NormalForm,
+    key: Tensor,
+    product: Tensor,
+    first_bias: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    last_weight: Tensor,
+    last_bias: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor], list[Tensor]]:
+    """From gradients of the normal form's tensors to those of the unit's: the first layer's key, product and
+    bias, then the weights and the biases of the layers behind it."""
+    inner, gain, shift = net.form[1:]
+    factors = [inner] * len(weights) + [net.last_factor]
+    grad_weights, grad_biases = [], []
+    all_weights, all_biases = [*weights, last_weight[None]], [*biases, last_bias]
+    for factor, weight, bias in zip(factors, all_weights, all_biases, strict=True):
+        weight = _scaled(weight, factor * gain)
+        grad_weights.append(weight + factor * shift * bias[:, None] if shift else weight)
+        grad_biases.append(_scaled(bias, factor))
+    return _scaled(key, inner), _scaled(product, inner), _scaled(first_bias, inner), grad_weights, grad_biases
+
+
+def _scaled(x: Tensor, factor: float) -> Tensor:
+    return x if factor == 1 else x * factor
+
+
+def _shifted(weight: Tensor, bias: Tensor, form: Form, factor: float) -> Tensor:
+    return _scaled(bias + form.shift * weight.sum(1) if form.shift else bias, factor)
+
+
+def _slopes(unit: Any) -> tuple[Tensor, ...]:
+    """One slope per hidden unit, whether they came as one number, one per layer, or one per unit."""
+    widths = [unit.first.bias.shape[1], *(b.shape[0] for b in unit.biases[:-1])]
+    like = unit.first.bias
+    if unit.activation == "prelu":
+        return tuple(s.expand(n).contiguous() for s, n in zip(unit.slopes, widths, strict=True))
+    if unit.activation == "leaky_relu":
+        return tuple(like.new_full((n,), s) for s, n in zip(unit.slopes, widths, strict=True))
+    return ()

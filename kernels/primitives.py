@@ -1,0 +1,274 @@
+"""Jit primitives that the kernels are written in: slabs, fast arithmetic, activations.
+
+A width that is no power of two is cut into slabs whose widths are: `[L, 80]` becomes the tuple of a `[L, 64]` and
+a `[L, 16]` tile, where padding to 128 would waste 1.6 times of everything. The cuts are known when a kernel is
+compiled, so a loop over slabs unrolls.
+
+APPROX is a constexpr everywhere: with it an NVIDIA GPU's approximate instructions are used, without it their
+portable twin, which every target and the interpreter runs.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+
+
+# ------------------------------------------------------------------------------------------------ slabs
+
+
+@triton.constexpr_function
+def cuts(width, widest, narrowest):
+    """`(start, size)` of each slab; the last may reach past `width`."""
+    slabs, start, size = [], 0, widest
+    while start < width:
+        while size > narrowest and size > width - start:
+            size //= 2
+        slabs.append((start, size))
+        start += size
+    return slabs
+
+
+@triton.constexpr_function
+def slab_count(width, widest, narrowest=16):
+    return len(cuts(width, widest, narrowest))
+
+
+@triton.constexpr_function
+def slab_size(i, width, widest, narrowest=16):
+    return cuts(width, widest, narrowest)[i][1]
+
+
+@triton.constexpr_function
+def slab_start(i, width, widest, narrowest=16):
+    return cuts(width, widest, narrowest)[i][0]
+
+
+@triton.constexpr_function
+def slab_inside(i, width, widest, narrowest=16):
+    """Whether slab i ends at or before `width`, so that no mask is needed."""
+    start, size = cuts(width, widest, narrowest)[i]
+    return start + size <= width
+
+
+@triton.jit
+def columns(i: tl.constexpr, WIDTH: tl.constexpr, WIDEST: tl.constexpr, NARROWEST: tl.constexpr = 16):
+    """The columns of slab i."""
+    return slab_start(i, WIDTH, WIDEST, NARROWEST) + tl.arange(0, slab_size(i, WIDTH, WIDEST, NARROWEST))
+
+
+@triton.jit
+def load_vector(pointer, WIDTH: tl.constexpr, WIDEST: tl.constexpr, NARROWEST: tl.constexpr = 16):
+    """`[WIDTH]` as slabs, zero past its end."""
+    slabs = ()
+    for i in tl.static_range(slab_count(WIDTH, WIDEST, NARROWEST)):
+        column = columns(i, WIDTH, WIDEST, NARROWEST)
+        if slab_inside(i, WIDTH, WIDEST, NARROWEST):
+            slabs = slabs + (tl.load(pointer + column),)
+        else:
+            slabs = slabs + (tl.load(pointer + column, mask=column < WIDTH, other=0.0),)
+    return slabs
+
+
+@triton.jit
+def load_matrix(
+    pointer,
+    ROWS: tl.constexpr,
+    ROW_WIDEST: tl.constexpr,
+    ROW_NARROWEST: tl.constexpr,
+    COLS: tl.constexpr,
+    COL_WIDEST: tl.constexpr,
+):
+    """A contiguous `[ROWS, COLS]` as slabs `[rows, cols]`, one row of slabs after the other; zero past the edges."""
+    slabs = ()
+    for j in tl.static_range(slab_count(ROWS, ROW_WIDEST, ROW_NARROWEST)):
+        for i in tl.static_range(slab_count(COLS, COL_WIDEST)):
+            row = columns(j, ROWS, ROW_WIDEST, ROW_NARROWEST)[:, None]
+            column = columns(i, COLS, COL_WIDEST)[None, :]
+            if slab_inside(j, ROWS, ROW_WIDEST, ROW_NARROWEST) and slab_inside(i, COLS, COL_WIDEST):
+                slabs = slabs + (tl.load(pointer + row * COLS + column),)
+            else:
+                inside = (row < ROWS) & (column < COLS)
+                slabs = slabs + (tl.load(pointer + row * COLS + column, mask=inside, other=0.0),)
+    return slabs
+
+
+@triton.jit
+def load_rows(pointer, row, stride, valid, WIDTH: tl.constexpr, WIDEST: tl.constexpr):
+    """Rows of a `[*, WIDTH]` matrix as slabs `[rows, size]`; zero where a row is not valid."""
+    slabs = ()
+    for i in tl.static_range(slab_count(WIDTH, WIDEST)):
+        column = columns(i, WIDTH, WIDEST)
+        mask = valid[:, None]
+        if not slab_inside(i, WIDTH, WIDEST):
+            mask = mask & (column < WIDTH)[None, :]
+        slabs = slabs + (tl.load(pointer + row[:, None] * stride + column[None, :], mask=mask, other=0.0),)
+    return slabs
+
+
+@triton.jit
+def store_rows(pointer, slabs, row, stride, valid, WIDTH: tl.constexpr, WIDEST: tl.constexpr):
+    """The inverse of load_rows."""
+    for i in tl.static_range(slab_count(WIDTH, WIDEST)):
+        column = columns(i, WIDTH, WIDEST)
+        mask = valid[:, None]
+        if not slab_inside(i, WIDTH, WIDEST):
+            mask = mask & (column < WIDTH)[None, :]
+        value = slabs[i].to(pointer.dtype.element_ty)
+        tl.store(pointer + row[:, None] * stride + column[None, :], value, mask=mask)
+
+
+# ------------------------------------------------------------------------------------------------ arithmetic
+
+
+@triton.jit
+def dot(a, b, acc, PRECISION: tl.constexpr):
+    """`a @ b + acc`, accumulated in float32."""
+    if INTERPRETED and a.dtype == tl.bfloat16:  # there bfloat16 is held as integers, which it would multiply
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def exp2(x, APPROX: tl.constexpr):
+    if APPROX:
+        return tl.inline_asm_elementwise(
+            "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        return tl.exp2(x)
+
+
+@triton.jit
+def tanh(x, APPROX: tl.constexpr):
+    if APPROX:
+        return tl.inline_asm_elementwise(
+            "tanh.approx.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        e = tl.exp(-2 * tl.abs(x))  # of |x|, so that it cannot overflow
+        t = (1 - e) / (1 + e)
+        return tl.where(x < 0, -t, t)
+
+
+@triton.jit
+def multiply_add(a, b, c, APPROX: tl.constexpr):
+    """`a·b + c` in the dtype of a, rounded once.
+
+    The asm is volatile on purpose: a pure value would be computed again, in registers, for every product that
+    reads it, instead of being kept in shared memory.
+    """
+    if APPROX and a.dtype == tl.bfloat16:
+        return tl.inline_asm_elementwise(
+            "fma.rn.bf16x2 $0, $1, $2, $3;", "=r,r,r,r", [a, b, c], dtype=tl.bfloat16, is_pure=False, pack=2
+        )
+    elif APPROX and a.dtype == tl.float16:
+        return tl.inline_asm_elementwise(
+            "fma.rn.f16x2 $0, $1, $2, $3;", "=r,r,r,r", [a, b, c], dtype=tl.float16, is_pure=False, pack=2
+        )
+    elif APPROX:
+        return tl.inline_asm_elementwise(
+            "fma.rn.f32 $0, $1, $2, $3;", "=f,f,f,f", [a, b, c], dtype=tl.float32, is_pure=False, pack=1
+        )
+    else:
+        return (a.to(tl.float32) * b.to(tl.float32) + c.to(tl.float32)).to(a.dtype)
+
+
+# ------------------------------------------------------------------------------------------------ activations
+
+
+@triton.jit
+def activate(z, slope, ACTIVATION: tl.constexpr, APPROX: tl.constexpr):
+    """`half_silu(z)` is silu(2z) = z·tanh(z) + z; the others are what they are called."""
+    if ACTIVATION == "tanh":
+        return tanh(z, APPROX)
+    elif ACTIVATION == "sigmoid":
+        return 1 / (1 + tl.exp(-z))
+    elif ACTIVATION == "half_silu":
+        return z * tanh(z, APPROX) + z
+    elif ACTIVATION == "silu":
+        return z / (1 + tl.exp(-z))
+    elif ACTIVATION == "gelu":
+        return 0.5 * z * (1 + tl.erf(z * 0.7071067811865476))
+    elif ACTIVATION == "relu":
+        return tl.maximum(z, 0.0)
+    elif ACTIVATION == "leaky_relu":
+        return tl.where(z > 0, z, slope * z)
+    else:
+        tl.static_assert(ACTIVATION == "identity")
+        return z
+
+
+@triton.jit
+def activate_backward(grad, z, h, slope, ACTIVATION: tl.constexpr, APPROX: tl.constexpr):
+    """dL/dz from dL/dh, where h = activate(z)."""
+    if ACTIVATION == "tanh":
+        return grad * (1 - h * h)
+    elif ACTIVATION == "sigmoid":
+        return grad * h * (1 - h)
+    elif ACTIVATION == "half_silu":
+        t = tanh(z, APPROX)
+        return grad * (1 + t + z * (1 - t * t))
+    elif ACTIVATION == "silu":
+        s = 1 / (1 + tl.exp(-z))
+        return grad * s * (1 + z * (1 - s))
+    elif ACTIVATION == "gelu":
+        density = 0.3989422804014327 * tl.exp(-0.5 * z * z)
+        return grad * (0.5 * (1 + tl.erf(z * 0.7071067811865476)) + z * density)
+    elif ACTIVATION == "relu":
+        return tl.where(z > 0, grad, 0.0)
+    elif ACTIVATION == "leaky_relu":
+        return tl.where(z > 0, grad, slope * grad)
+    else:
+        tl.static_assert(ACTIVATION == "identity")
+        return grad
+
+
+# ------------------------------------------------------------------------------------------------ pooling
+#
+# The pooled row is kept as a tile: 16 equal rows where a matrix unit makes it, one row where plain FMAs do.
+
+
+@triton.jit
+def zero_rows(ROWS: tl.constexpr, WIDTH: tl.constexpr, WIDEST: tl.constexpr):
+    slabs = ()
+    for i in tl.static_range(slab_count(WIDTH, WIDEST)):
+        slabs = slabs + (tl.zeros([ROWS, slab_size(i, WIDTH, WIDEST)], tl.float32),)
+    return slabs
+
+
+@triton.jit
+def pool(p, values, acc, PRECISION: tl.constexpr):
+    """`acc + Σ_t p_t v_t`, slabs `[ROWS, size]`."""
+    out = ()
+    for i in tl.static_range(len(values)):
+        v = values[i]
+        if acc[i].shape[0] == 1:
+            out = out + (acc[i] + tl.sum(p[:, None] * v, 0)[None, :],)
+        else:
+            rows = tl.broadcast_to(p.to(v.dtype)[None, :], [acc[i].shape[0], v.shape[0]])
+            out = out + (dot(rows, v, acc[i], PRECISION),)
+    return out
+
+
+@triton.jit
+def scale(slabs, factor):
+    out = ()
+    for i in tl.static_range(len(slabs)):
+        out = out + (slabs[i] * factor,)
+    return out
+
+
+@triton.jit
+def store_row(pointer, slabs, WIDTH: tl.constexpr, WIDEST: tl.constexpr):
+    """The first row of the slabs, to `pointer[:WIDTH]`."""
+    for i in tl.static_range(slab_count(WIDTH, WIDEST)):
+        row = tl.arange(0, slabs[i].shape[0])[:, None]
+        column = columns(i, WIDTH, WIDEST)[None, :]
+        inside = (row == 0) & (column < WIDTH)
+        tl.store(pointer + row * 0 + column, slabs[i].to(pointer.dtype.element_ty), mask=inside)

@@ -1,0 +1,112 @@
+"""The balanced schedule: every program takes the same number of rows, wherever sequences begin and end.
+
+Program p takes the rows `[p·share, (p+1)·share)`. A sequence that a program sees only part of is *cut*. Its parts
+go to slots, two per program: 2p for a sequence that another program began, 2p + 1 for one that it began itself.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .primitives import LN_2
+
+
+@triton.jit
+def rows_per_program(total, programs, LEAST: tl.constexpr):
+    return tl.maximum(tl.cdiv(total, programs), LEAST)
+
+
+@triton.jit
+def find_sequence(offsets, batch, row):
+    """The last sequence that begins at or before `row`, 255 probes at a time: two rounds serve 65 536."""
+    low = batch * 0
+    span = batch
+    while span > 1:
+        step = tl.cdiv(span, 256)
+        probe = low + (1 + tl.arange(0, 256)) * step
+        begin = tl.load(offsets + probe, mask=probe < low + span, other=row + 1)
+        skipped = tl.sum((begin <= row).to(tl.int32))
+        low += skipped * step
+        span = tl.minimum(step, span - skipped * step)
+    return low
+
+
+@triton.jit
+def _merge_kernel(
+    part,
+    part_state,
+    offsets,
+    out,
+    lse,
+    batch,
+    programs,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    SOFTMAX: tl.constexpr,
+    LEAST_ROWS: tl.constexpr,
+):
+    """One program per boundary between two programs. It works if the sequence that the boundary cuts began in
+    the program before, so that each cut sequence is joined once, its parts in order."""
+    program = tl.program_id(0) + 1
+    total = tl.load(offsets + batch)
+    share = rows_per_program(total, programs, LEAST_ROWS)
+    row = program.to(tl.int64) * share
+    if row >= total:
+        return
+    sequence = find_sequence(offsets, batch, row)
+    first_row = tl.load(offsets + sequence)
+    last_row = tl.load(offsets + sequence + 1)
+    if (first_row == row) | (first_row < row - share):
+        return
+    column = tl.arange(0, BLOCK)
+    inside = column < WIDTH
+    slot = 2 * program - 1
+    acc = tl.load(part + slot * WIDTH + column, mask=inside, other=0.0)  # [BLOCK]
+    if SOFTMAX:
+        peak = tl.load(part_state + 2 * slot)
+        mass = tl.load(part_state + 2 * slot + 1)
+    while row < last_row:
+        slot = 2 * program
+        term = tl.load(part + slot * WIDTH + column, mask=inside, other=0.0)
+        if SOFTMAX:
+            term_peak = tl.load(part_state + 2 * slot)
+            higher = tl.maximum(peak, term_peak)
+            factor = tl.exp2(peak - higher)
+            term_factor = tl.exp2(term_peak - higher)
+            mass = mass * factor + tl.load(part_state + 2 * slot + 1) * term_factor
+            acc = acc * factor + term * term_factor
+            peak = higher
+        else:
+            acc += term
+        program += 1
+        row += share
+    if SOFTMAX:
+        acc /= mass
+        tl.store(lse + sequence, (peak + tl.log2(mass)) * LN_2)
+    tl.store(out + sequence.to(tl.int64) * WIDTH + column, acc.to(out.dtype.element_ty), mask=inside)
+
+
+def merge(
+    part: Tensor, part_state: Tensor | None, offsets: Tensor, out: Tensor, lse: Tensor, programs: int, least_rows: int
+) -> None:
+    """Joins the parts `[2·programs, width]` of cut sequences into their rows of `out [B, width]`: sums, or with
+    each part's `(maximum, sum)` of exponentials in base 2, the softmax's average and log-sum-exp."""
+    if programs == 1:
+        return
+    width = out.shape[1]
+    _merge_kernel[(programs - 1,)](
+        part,
+        part if part_state is None else part_state,
+        offsets,
+        out,
+        lse,
+        offsets.numel() - 1,
+        programs,
+        WIDTH=width,
+        BLOCK=triton.next_power_of_2(width),
+        SOFTMAX=part_state is not None,
+        LEAST_ROWS=least_rows,
+        num_warps=1,
+    )
