@@ -272,3 +272,74 @@ def store_row(pointer, slabs, WIDTH: tl.constexpr, WIDEST: tl.constexpr):
         column = columns(i, WIDTH, WIDEST)[None, :]
         inside = (row == 0) & (column < WIDTH)
         tl.store(pointer + row * 0 + column, slabs[i].to(pointer.dtype.element_ty), mask=inside)
+
+
+# ------------------------------------------------------------------------------------------------ sums over tokens
+
+
+@triton.jit
+def zero_matrix(ROWS: tl.constexpr, ROW_WIDEST: tl.constexpr, COLS: tl.constexpr, COL_WIDEST: tl.constexpr):
+    slabs = ()
+    for j in tl.static_range(slab_count(ROWS, ROW_WIDEST)):
+        for i in tl.static_range(slab_count(COLS, COL_WIDEST)):
+            shape: tl.constexpr = [slab_size(j, ROWS, ROW_WIDEST), slab_size(i, COLS, COL_WIDEST)]
+            slabs = slabs + (tl.zeros(shape, tl.float32),)
+    return slabs
+
+
+@triton.jit
+def outer_sum(rows, cols, acc, PRECISION: tl.constexpr):
+    """`acc + Σ_t rows_t cols_tᵀ`, of slabs `[tokens, *]`."""
+    out = ()
+    for j in tl.static_range(len(rows)):
+        left = tl.trans(rows[j].to(cols[0].dtype))
+        for i in tl.static_range(len(cols)):
+            out = out + (dot(left, cols[i], acc[j * len(cols) + i], PRECISION),)
+    return out
+
+
+@triton.jit
+def column_sum(rows, acc, DTYPE: tl.constexpr, PRECISION: tl.constexpr):
+    """`acc + Σ_t rows_t` as eight equal columns: a product with ones costs a fraction of a reduction."""
+    ones = (tl.full([rows[0].shape[0], 8], 1.0, tl.float32).to(DTYPE),)
+    return outer_sum(rows, ones, acc, PRECISION)
+
+
+@triton.jit
+def add_matrix(
+    pointer,
+    slabs,
+    fresh,
+    ROWS: tl.constexpr,
+    ROW_WIDEST: tl.constexpr,
+    COLS: tl.constexpr,
+    COL_WIDEST: tl.constexpr,
+):
+    """Adds to a contiguous `[ROWS, COLS]` of the program's own; overwrites it if it is fresh."""
+    COUNT: tl.constexpr = slab_count(COLS, COL_WIDEST)
+    for j in tl.static_range(slab_count(ROWS, ROW_WIDEST)):
+        for i in tl.static_range(COUNT):
+            row = columns(j, ROWS, ROW_WIDEST)[:, None]
+            column = columns(i, COLS, COL_WIDEST)[None, :]
+            inside = (row < ROWS) & (column < COLS)
+            target = pointer + row * COLS + column
+            before = tl.load(target, mask=inside & (fresh == 0), other=0.0)
+            tl.store(target, before + slabs[j * COUNT + i], mask=inside)
+
+
+@triton.jit
+def store_column(pointer, slabs, ROWS: tl.constexpr, ROW_WIDEST: tl.constexpr):
+    """The first of the equal columns that column_sum makes."""
+    for j in tl.static_range(slab_count(ROWS, ROW_WIDEST)):
+        row = columns(j, ROWS, ROW_WIDEST)[:, None]
+        column = tl.arange(0, slabs[j].shape[1])[None, :]
+        tl.store(pointer + row + column * 0, slabs[j], mask=(column == 0) & (row < ROWS))
+
+
+@triton.jit
+def outer_product(rows, cols):
+    """Slabs `[tokens, size]` of rows_t·cols."""
+    out = ()
+    for i in tl.static_range(len(cols)):
+        out = out + (rows[:, None] * cols[i].to(tl.float32)[None, :],)
+    return out

@@ -26,6 +26,17 @@ FORWARD = {
     "ieee": Launch(16, 2, 1, 16, (32, 8), 64, 256, 4),
 }
 
+BACKWARD_TOKENS = {
+    "half": Launch(64, 4, 1, 64, (32, 16), 64, 512, 2),
+    "tf32": Launch(32, 4, 1, 64, (32, 16), 64, 512, 2),
+    "ieee": Launch(32, 4, 1, 64, (32, 16), 64, 512, 2),
+}
+BACKWARD_WEIGHTS = {
+    "half": Launch(64, 4, 1, 64, (32, 16), 64, 512, 2),
+    "tf32": Launch(32, 4, 1, 64, (32, 16), 64, 512, 2),
+    "ieee": Launch(32, 4, 1, 64, (32, 16), 64, 512, 2),
+}
+
 
 def precision(dtype: torch.dtype) -> str:
     """`"half"`, `"tf32"` or `"ieee"`, the last two as PyTorch's own products of float32 are set."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -83,11 +84,13 @@ def activation_unit(
         raise NotImplementedError("rows: keys by index are not built yet")
     weights, biases = list(weights), list(biases)
     slopes, negative_slope = _activation_params(activation, activation_params, len(weights) - 1)
-    if torch.is_autocast_enabled(query.device.type):
-        dtype = torch.get_autocast_dtype(query.device.type)
-        query, keys = query.to(dtype), keys.to(dtype)
-        values = None if values is None else values.to(dtype)
-        weights, biases, slopes = ([t.to(dtype) for t in group] for group in (weights, biases, slopes))
+    _expect_tensor("keys", keys)
+    query, keys, values, *layers = _autocast(keys.device, query, keys, values, *weights, *biases, *slopes)
+    weights, biases, slopes = (
+        layers[: len(weights)],
+        layers[len(weights) :][: len(biases)],
+        layers[len(weights) + len(biases) :],
+    )
     check_choice("normalize", normalize, NORMALIZATIONS, planned=("exp", "sigmoid"))
     _check_histories(query, keys, offsets, values)
     _check_layers(query, weights, biases, slopes, features)
@@ -120,11 +123,26 @@ def check_choice(name: str, value: str, choices: Sequence[str], planned: Sequenc
         raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")
 
 
+def _autocast(device: torch.device, *tensors: Any) -> tuple[Any, ...]:
+    """Casts as PyTorch's own operators under autocast do: floating tensors but those of float64."""
+    if not torch.amp.is_autocast_available(device.type) or not torch.is_autocast_enabled(device.type):
+        return tensors
+    dtype = torch.get_autocast_dtype(device.type)
+    return tuple(
+        t.to(dtype) if isinstance(t, Tensor) and t.is_floating_point() and t.dtype != torch.float64 else t
+        for t in tensors
+    )
+
+
+def _expect_tensor(name: str, tensor: Any) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
+
+
 def _check_tensor(name: str, tensor: Tensor, shape: tuple[int | str, ...], like: Tensor) -> None:
     """Raises unless `tensor` has this shape, where a string names a size that is free, and the dtype and device
     of `like`."""
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
+    _expect_tensor(name, tensor)
     fits = tensor.dim() == len(shape) and all(
         isinstance(want, str) or want == got for want, got in zip(shape, tensor.shape, strict=False)
     )
@@ -143,6 +161,7 @@ def _check_histories(query: Tensor, keys: Tensor, offsets: Tensor, values: Tenso
         raise TypeError(f"keys: expected one of {', '.join(map(str, DTYPES))}, got {keys.dtype}")
     if keys.shape[1] == 0:
         raise ValueError(f"keys: expected a width of at least 1, got {list(keys.shape)}")
+    _expect_tensor("offsets", offsets)
     check_offsets("offsets", offsets, keys.device)
     _check_tensor("query", query, (offsets.numel() - 1, keys.shape[1]), like=keys)
     if values is not None:
@@ -168,6 +187,7 @@ def _check_layers(
         _check_tensor(f"weights[{layer}]", weight, (height, width), like=query)
         _check_tensor(f"biases[{layer}]", bias, (weight.shape[0],), like=query)
         if layer < len(slopes):
+            _expect_tensor(f"activation_params[{layer}]", slopes[layer])
             slope_size = 1 if slopes[layer].numel() == 1 else weight.shape[0]
             _check_tensor(f"activation_params[{layer}]", slopes[layer], (slope_size,), like=query)
         width = weight.shape[0]

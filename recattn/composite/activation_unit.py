@@ -95,6 +95,10 @@ def backward(
         rows, owners = slice(block.begin, block.end), slice(block.first, block.last)
         keys = unit.keys[rows].to(dtype)
         values = unit.values[rows].to(dtype) if separate else keys
+        slack = None
+        if not keys.is_cpu:  # as rows of zeros without a gradient it leaves the sums over all rows alone
+            slack = torch.arange(block.begin, block.end, device=keys.device) >= unit.offsets[-1]
+            keys = keys.masked_fill(slack.unsqueeze(1), 0)
         pre: list[Tensor] = []
         hidden = _hidden(unit, block, keys, pre)
         scores = F.linear(hidden[-1], unit.weights[-1], unit.biases[-1]).squeeze(1).mul_(unit.scale)
@@ -109,6 +113,8 @@ def backward(
         else:
             attention, grad = scores, grad_attention
         grad = grad.mul_(unit.scale).unsqueeze(1)
+        if slack is not None:
+            grad.masked_fill_(slack.unsqueeze(1), 0)
         for layer in reversed(range(len(hidden))):
             grad_weights[layer].addmm_(grad.t(), hidden[layer])
             grad_biases[layer] += grad.sum(0)

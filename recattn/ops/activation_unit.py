@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from recattn.composite import activation_unit as composite
 from recattn.ops.fold import FEATURES, fold, unfold
-from recattn.ops.library import LIBRARY, choose
+from recattn.ops.library import LIBRARY, choose, without_autocast
 
 __all__ = ["ACTIVATIONS", "FEATURES", "NORMALIZATIONS", "backward_op", "forward_op"]
 
@@ -100,7 +100,7 @@ def _backward(
             delta += composite.segment_sum(products.unsqueeze(1), unit.offsets).squeeze(1)
 
     def triton() -> tuple[Tensor, ...]:
-        from recattn.kernels.activation_unit import backward
+        from recattn.kernels.activation_unit_backward import backward
 
         return backward(unit, grad_out, grad_scores, delta, lse)
 
@@ -125,9 +125,17 @@ def _uncovered(unit: composite.Unit) -> str | None:
     return uncovered(unit)
 
 
-for _key, _on_gpu in (("CPU", False), ("CUDA", True)):
-    LIBRARY.impl("activation_unit", partial(_forward, on_gpu=_on_gpu), _key)
-    LIBRARY.impl("activation_unit_backward", partial(_backward, on_gpu=_on_gpu), _key)
+def _implementation(run: Callable[..., Any], device_type: str) -> Callable[..., Any]:
+    def implementation(*arguments: Any) -> Any:
+        with without_autocast(device_type):
+            return run(*arguments, on_gpu=device_type == "cuda")
+
+    return implementation
+
+
+for _key in ("CPU", "CUDA"):
+    LIBRARY.impl("activation_unit", _implementation(_forward, _key.lower()), _key)
+    LIBRARY.impl("activation_unit_backward", _implementation(_backward, _key.lower()), _key)
 
 
 @torch.library.register_fake("recattn::activation_unit", lib=LIBRARY)

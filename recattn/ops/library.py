@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -30,3 +31,10 @@ def choose(
     if backend == "auto":
         return composite()
     raise NotImplementedError(f'backend "triton": {reason}')
+
+
+def without_autocast(device_type: str) -> AbstractContextManager[Any]:
+    """Keeps autocast, where it is on, out of an implementation, which chooses its own dtypes."""
+    if torch.is_autocast_enabled(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return nullcontext()
