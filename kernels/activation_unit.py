@@ -59,7 +59,7 @@ def _forward_kernel(data, net, out, lse, scores, part, part_state, SPEC: tl.cons
                     v_tile += BLOCK * data.value_stride
                 else:
                     v = k
-                _, hs = run_layers(k, first, layers, slopes, SPEC)
+                _zs, hs = run_layers(k, first, layers, slopes, SPEC)
                 s = score(hs[len(hs) - 1], last)  # [BLOCK]
                 if get(SPEC, "with_scores"):
                     tl.store(scores + start + token, s, mask=valid)

@@ -134,7 +134,7 @@ def _tokens_kernel(
                 zs, hs = run_layers(k, first, layers, slopes, SPEC)
                 s = score(hs[len(hs) - 1], last)  # [BLOCK]
                 a, ds = attend_backward(s, v, grads, upstream.grad_scores + row, rest, SPEC)
-                _, dzs = run_layers_backward(ds, zs, hs, layers, slopes, last, SPEC)
+                _dhs, dzs = run_layers_backward(ds, zs, hs, layers, slopes, last, SPEC)
                 dz = dzs[len(dzs) - 1]
                 pooled = outer_product(a, grads[0])
                 if get(SPEC, "separate_values"):
@@ -248,14 +248,14 @@ def _weights_kernel(
         last_row = tl.load(data.offsets + sequence + 1)
         stop = tl.minimum(last_row, end)
         if begin < stop:
-            _, first, grads = load_sequence(data, net, upstream, sequence.to(tl.int64), SPEC)
+            _q, first, grads = load_sequence(data, net, upstream, sequence.to(tl.int64), SPEC)
             row = begin.to(tl.int64)
             for start in tl.range(begin, stop, BLOCK, num_stages=get(SPEC, "stages")):
                 rest = (stop - start).to(tl.int32)
                 k, v = load_tile(data, row, rest, SPEC)
                 zs, hs = run_layers(k, first, layers, slopes, SPEC)
                 s = score(hs[n - 1], last)  # [BLOCK]
-                _, ds = attend_backward(s, v, grads, upstream.grad_scores + row, rest, SPEC)
+                _a, ds = attend_backward(s, v, grads, upstream.grad_scores + row, rest, SPEC)
                 dhs, dzs = run_layers_backward(ds, zs, hs, layers, slopes, last, SPEC)
                 sums = add_layer_sums(sums, hs, dzs, dtype, SPEC)
                 slope_sums = add_slope_sums(slope_sums, zs, dhs, SPEC)
@@ -266,19 +266,18 @@ def _weights_kernel(
         begin = stop
         sequence += 1
     for i in tl.static_range(1, n):
-        weight, bias = sums[i - 1]
-        H: tl.constexpr = width(i, SPEC)
-        READ: tl.constexpr = width(i - 1, SPEC)
-        target = grad_weights[i - 1] + program.to(tl.int64) * (H * READ)
-        add_matrix(target, weight, 1, H, widest(i, SPEC), READ, widest(i - 1, SPEC))
-        store_column(grad_biases[i - 1] + program * H, bias, H, widest(i, SPEC))
-    LAST: tl.constexpr = width(n - 1, SPEC)
-    store_column(grad_last_weight + program * LAST, last_sum, LAST, widest(n - 1, SPEC))
-    tl.store(grad_last_bias + program, tl.sum(last_bias_sum))
+        size = width(i, SPEC) * width(i - 1, SPEC)
+        target = grad_weights[i - 1] + program.to(tl.int64) * size
+        add_matrix(
+            target, sums[i - 1][0], 1, width(i, SPEC), widest(i, SPEC), width(i - 1, SPEC), widest(i - 1, SPEC)
+        )
+        store_column(grad_biases[i - 1] + program * width(i, SPEC), sums[i - 1][1], width(i, SPEC), widest(i, SPEC))
     if get(SPEC, "activation") == "leaky_relu":
         for i in tl.static_range(n):
-            H: tl.constexpr = width(i, SPEC)
-            store_row(grad_slopes[i] + program * H, slope_sums[i], H, widest(i, SPEC))
+            target = grad_slopes[i] + program * width(i, SPEC)
+            store_row(target, slope_sums[i], width(i, SPEC), widest(i, SPEC))
+    store_column(grad_last_weight + program * width(n - 1, SPEC), last_sum, width(n - 1, SPEC), widest(n - 1, SPEC))
+    tl.store(grad_last_bias + program, tl.sum(last_bias_sum))
 
 
 def backward(

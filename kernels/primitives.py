@@ -282,8 +282,9 @@ def zero_matrix(ROWS: tl.constexpr, ROW_WIDEST: tl.constexpr, COLS: tl.constexpr
     slabs = ()
     for j in tl.static_range(slab_count(ROWS, ROW_WIDEST)):
         for i in tl.static_range(slab_count(COLS, COL_WIDEST)):
-            shape: tl.constexpr = [slab_size(j, ROWS, ROW_WIDEST), slab_size(i, COLS, COL_WIDEST)]
-            slabs = slabs + (tl.zeros(shape, tl.float32),)
+            slabs = slabs + (
+                tl.zeros([slab_size(j, ROWS, ROW_WIDEST), slab_size(i, COLS, COL_WIDEST)], tl.float32),
+            )
     return slabs
 
 
