@@ -15,7 +15,7 @@ from .arguments import Histories, Spec, get
 from .mlp import first_layer, load_network, run_layers, score
 from .normal_form import NormalForm, normal_form
 from .primitives import LN_2, exp2, load_rows, load_vector, pool, scale, store_row, zero_rows
-from .schedule import find_sequence, merge, rows_per_program
+from .schedule import find_sequence, merge, rows_per_program, slot_of
 
 
 @triton.jit
@@ -27,6 +27,7 @@ def _forward_kernel(data, net, out, lse, scores, part, part_state, SPEC: tl.cons
     SOFTMAX: tl.constexpr = get(SPEC, "softmax")
     APPROX: tl.constexpr = get(SPEC, "approx")
     PRECISION: tl.constexpr = get(SPEC, "precision")
+    DTYPE: tl.constexpr = net.key.dtype.element_ty
     program = tl.program_id(0)
     total = tl.load(data.offsets + data.batch)
     share = rows_per_program(total, tl.num_programs(0), get(SPEC, "least_rows"))
@@ -38,56 +39,57 @@ def _forward_kernel(data, net, out, lse, scores, part, part_state, SPEC: tl.cons
     layers, slopes, last = load_network(net, SPEC)
     token = tl.arange(0, BLOCK)
     while begin < end:
+        if tl.load(data.offsets + sequence + 1) <= begin:  # empty
+            sequence = find_sequence(data.offsets, data.batch, begin)
         first_row = tl.load(data.offsets + sequence)
         last_row = tl.load(data.offsets + sequence + 1)
         stop = tl.minimum(last_row, end)
-        if begin < stop:
-            owner = sequence.to(tl.int64)
-            q = load_vector(data.query + owner * data.query_stride, D, SLAB)
-            first = first_layer(net, q, owner, SPEC)
-            peak = tl.full([], float("-inf"), tl.float32)
-            mass = tl.zeros([BLOCK], tl.float32)
-            acc = zero_rows(1 if PRECISION == "ieee" else 16, DV, SLAB)
-            k_tile = data.key + begin.to(tl.int64) * data.key_stride
-            v_tile = data.value + begin.to(tl.int64) * data.value_stride
-            for start in tl.range(begin, stop, BLOCK, num_stages=get(SPEC, "stages")):
-                valid = token < (stop - start)
-                k = load_rows(k_tile, token, data.key_stride, valid, D, SLAB)
-                k_tile += BLOCK * data.key_stride
-                if get(SPEC, "separate_values"):
-                    v = load_rows(v_tile, token, data.value_stride, valid, DV, SLAB)
-                    v_tile += BLOCK * data.value_stride
-                else:
-                    v = k
-                _zs, hs = run_layers(k, first, layers, slopes, SPEC)
-                s = score(hs[len(hs) - 1], last)  # [BLOCK]
-                if get(SPEC, "with_scores"):
-                    tl.store(scores + start + token, s, mask=valid)
-                if SOFTMAX:
-                    s = tl.where(valid, s, float("-inf"))
-                    top = tl.max(s)
-                    # Rescaling waits until the maximum has grown 2^8 times: as exact, and rare.
-                    if top > peak + 8:
-                        factor = exp2(peak - top, APPROX)
-                        peak = top
-                        mass = mass * factor
-                        acc = scale(acc, factor)
-                    p = exp2(s - peak, APPROX)
-                    mass += p
-                else:
-                    p = tl.where(valid, s, 0.0)
-                acc = pool(p, v, acc, PRECISION)
-            norm = tl.sum(mass)
-            if (begin == first_row) & (stop == last_row):
-                if SOFTMAX:
-                    acc = scale(acc, 1 / norm)
-                    tl.store(lse + sequence, (peak + tl.log2(norm)) * LN_2)
-                store_row(out + owner * DV, acc, DV, SLAB)
+        owner = sequence.to(tl.int64)
+        slot = slot_of(program, begin, stop, first_row, last_row)
+        q = load_vector(data.query + owner * data.query_stride, D, SLAB)
+        first = first_layer(net, q, owner, SPEC)
+        peak = tl.full([], float("-inf"), tl.float32)
+        mass = tl.zeros([BLOCK], tl.float32)
+        acc = zero_rows(1 if PRECISION == "ieee" else 16, DV, SLAB)
+        k_tile = data.key + begin.to(tl.int64) * get(SPEC, "key_stride")
+        v_tile = data.value + begin.to(tl.int64) * get(SPEC, "value_stride")
+        for start in tl.range(begin, stop, BLOCK, num_stages=get(SPEC, "stages")):
+            valid = token < (stop - start)
+            k = load_rows(k_tile, token, get(SPEC, "key_stride"), valid, D, SLAB)
+            k_tile += BLOCK * get(SPEC, "key_stride")
+            if get(SPEC, "separate_values"):
+                v = load_rows(v_tile, token, get(SPEC, "value_stride"), valid, DV, SLAB)
+                v_tile += BLOCK * get(SPEC, "value_stride")
             else:
-                slot = 2 * program + (begin == first_row).to(tl.int32)
-                store_row(part + slot * DV, acc, DV, SLAB)
-                tl.store(part_state + 2 * slot, peak)
-                tl.store(part_state + 2 * slot + 1, norm)
+                v = k
+            _zs, hs, _outputs = run_layers(k, first, layers, slopes, DTYPE, SPEC)
+            s = score(hs[len(hs) - 1], last)  # [BLOCK]
+            if get(SPEC, "with_scores"):
+                tl.store(scores + start + token, s, mask=valid)
+            if SOFTMAX:
+                s = tl.where(valid, s, float("-inf"))
+                top = tl.max(s)
+                # Rescaling waits until the maximum has grown 2^8 times: as exact, and rare.
+                if top > peak + 8:
+                    factor = exp2(peak - top, APPROX)
+                    peak = top
+                    mass = mass * factor
+                    acc = scale(acc, factor)
+                p = exp2(s - peak, APPROX)
+                mass += p
+            else:
+                p = tl.where(valid, s, 0.0)
+            acc = pool(p, v, acc, PRECISION)
+        norm = tl.sum(mass)
+        if slot < 0:
+            if SOFTMAX:
+                acc = scale(acc, 1 / norm)
+                tl.store(lse + sequence, (peak + tl.log2(norm)) * LN_2)
+            store_row(out + owner * DV, acc, DV, SLAB)
+        else:
+            store_row(part + slot * DV, acc, DV, SLAB)
+            tl.store(part_state + 2 * slot, peak)
+            tl.store(part_state + 2 * slot + 1, norm)
         begin = stop
         sequence += 1
 
@@ -120,7 +122,7 @@ def forward(unit: Any, with_scores: bool) -> tuple[Tensor, Tensor, Tensor]:
         return out, scores, lse
     launch = settings.FORWARD[net.precision]
     programs = settings.programs(launch, total, data.key.device)
-    spec = specialize(unit, net, launch, with_scores)
+    spec = specialize(unit, data, net, launch, with_scores)
     part, part_state = lse.new_empty(2 * programs, value_dim), lse.new_empty(2 * programs, 2)
     _forward_kernel[(programs,)](
         data, net.network, out, lse, scores, part, part_state, SPEC=spec, num_warps=launch.num_warps
@@ -132,13 +134,14 @@ def forward(unit: Any, with_scores: bool) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def histories(unit: Any) -> Histories:
-    """The data of a call. Rows may be strided, their elements may not."""
-    query, keys, values = (x if x.stride(1) == 1 else x.contiguous() for x in (unit.query, unit.keys, unit.values))
-    strides = (query.stride(0), keys.stride(0), values.stride(0))
-    return Histories(query, keys, values, unit.offsets, unit.offsets.numel() - 1, *strides)
+    """The data of a call. Rows may lie apart, as long as 32 bits reach across a tile; their elements may not."""
+    query, keys, values = (
+        x if x.stride(1) == 1 and x.stride(0) < 1 << 24 else x.contiguous() for x in (unit.query, unit.keys, unit.values)
+    )
+    return Histories(query, keys, values, unit.offsets, unit.offsets.numel() - 1, query.stride(0))
 
 
-def specialize(unit: Any, net: NormalForm, launch: settings.Launch, with_scores: bool) -> Spec:
+def specialize(unit: Any, data: Histories, net: NormalForm, launch: settings.Launch, with_scores: bool) -> Spec:
     return Spec(
         dim=unit.keys.shape[1],
         value_dim=unit.values.shape[1],
@@ -146,6 +149,8 @@ def specialize(unit: Any, net: NormalForm, launch: settings.Launch, with_scores:
         activation=net.form.kernel,
         softmax=unit.normalize == "softmax",
         separate_values=unit.values is not unit.keys,
+        key_stride=data.key.stride(0),
+        value_stride=data.value.stride(0),
         with_scores=with_scores,
         precision="ieee" if net.precision == "ieee" else "tf32",
         approx=net.approx,

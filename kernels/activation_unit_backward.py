@@ -37,7 +37,7 @@ from .primitives import (
     zero_matrix,
     zero_rows,
 )
-from .schedule import find_sequence, merge, rows_per_program
+from .schedule import find_sequence, merge, rows_per_program, slot_of
 
 
 @triton.jit
@@ -57,10 +57,10 @@ def load_tile(data, row, rest, SPEC: tl.constexpr):
     """The keys and values of a tile that begins at `row`, of which `rest` rows are left."""
     token = tl.arange(0, get(SPEC, "block"))
     valid = token < rest
-    key, value = data.key + row * data.key_stride, data.value + row * data.value_stride
-    k = load_rows(key, token, data.key_stride, valid, get(SPEC, "dim"), get(SPEC, "dim_slab"))
+    key, value = data.key + row * get(SPEC, "key_stride"), data.value + row * get(SPEC, "value_stride")
+    k = load_rows(key, token, get(SPEC, "key_stride"), valid, get(SPEC, "dim"), get(SPEC, "dim_slab"))
     if get(SPEC, "separate_values"):
-        return k, load_rows(value, token, data.value_stride, valid, get(SPEC, "value_dim"), get(SPEC, "dim_slab"))
+        return k, load_rows(value, token, get(SPEC, "value_stride"), valid, get(SPEC, "value_dim"), get(SPEC, "dim_slab"))
     else:
         return k, k
 
@@ -103,6 +103,7 @@ def _tokens_kernel(
     SLAB: tl.constexpr = get(SPEC, "dim_slab")
     BLOCK: tl.constexpr = get(SPEC, "block")
     PRECISION: tl.constexpr = get(SPEC, "precision")
+    DTYPE: tl.constexpr = net.key.dtype.element_ty
     H1: tl.constexpr = width(0, SPEC)
     H1_SLAB: tl.constexpr = widest(0, SPEC)
     program = tl.program_id(0)
@@ -118,61 +119,55 @@ def _tokens_kernel(
     own = program.to(tl.int64) * (H1 * D)
     fresh = 1
     while begin < end:
+        if tl.load(data.offsets + sequence + 1) <= begin:  # empty
+            sequence = find_sequence(data.offsets, data.batch, begin)
         first_row = tl.load(data.offsets + sequence)
         last_row = tl.load(data.offsets + sequence + 1)
         stop = tl.minimum(last_row, end)
-        if begin < stop:
-            owner = sequence.to(tl.int64)
-            q, first, grads = load_sequence(data, net, upstream, owner, SPEC)
-            moment = zero_matrix(H1, H1_SLAB, D, SLAB)  # Σ_t dL/dz1_t k_tᵀ, the gradient of W_eff
-            grad_c = zero_matrix(H1, H1_SLAB, 8, 8)
-            row = begin.to(tl.int64)
-            for start in tl.range(begin, stop, BLOCK, num_stages=get(SPEC, "stages")):
-                rest = (stop - start).to(tl.int32)
-                valid = token < rest
-                k, v = load_tile(data, row, rest, SPEC)
-                zs, hs = run_layers(k, first, layers, slopes, SPEC)
-                s = score(hs[len(hs) - 1], last)  # [BLOCK]
-                a, ds = attend_backward(s, v, grads, upstream.grad_scores + row, rest, SPEC)
-                _dhs, dzs = run_layers_backward(ds, zs, hs, layers, slopes, last, SPEC)
-                dz = dzs[len(dzs) - 1]
-                pooled = outer_product(a, grads[0])
-                if get(SPEC, "separate_values"):
-                    store_rows(grad_value + row * DV, pooled, token, DV, valid, DV, SLAB)
-                    dk = times_weight(dz, first[0], zero_matrix(BLOCK, BLOCK, D, SLAB), SPEC)
-                else:
-                    dk = times_weight(dz, first[0], pooled, SPEC)
-                store_rows(grad_key + row * D, dk, token, D, valid, D, SLAB)
-                moment = outer_sum(dz, k, moment, PRECISION)
-                grad_c = column_sum(dz, grad_c, k[0].dtype, PRECISION)
-                row += BLOCK
-            target = grad_first + owner * (D + H1)
-            if (begin > first_row) | (stop < last_row):
-                target = part + (2 * program + (begin == first_row).to(tl.int32)).to(tl.int64) * (D + H1)
-            product = load_matrix(net.product, H1, H1_SLAB, 16, D, SLAB)
-            by_query = ()
-            for i in tl.static_range(len(q)):
-                grad_q = tl.zeros([q[i].shape[0]], tl.float32)
-                for j in tl.static_range(slab_count(H1, H1_SLAB)):
-                    grad_q += tl.sum(product[j * len(q) + i].to(tl.float32) * moment[j * len(q) + i], 0)
-                column = columns(i, D, SLAB)
-                tl.store(target + column, grad_q, mask=column < D)
-            for m in tl.static_range(len(moment)):
-                by_query = by_query + (moment[m] * q[m % len(q)].to(tl.float32)[None, :],)
-            store_column(target + D, grad_c, H1, H1_SLAB)
-            add_matrix(grad_key_weight + own, moment, fresh, H1, H1_SLAB, D, SLAB)
-            add_matrix(grad_product_weight + own, by_query, fresh, H1, H1_SLAB, D, SLAB)
-            fresh = 0
+        owner = sequence.to(tl.int64)
+        q, first, grads = load_sequence(data, net, upstream, owner, SPEC)
+        moment = zero_matrix(H1, H1_SLAB, D, SLAB)  # Σ_t dL/dz1_t k_tᵀ, the gradient of W_eff
+        grad_c = zero_matrix(H1, H1_SLAB, 8, 8)
+        row = begin.to(tl.int64)
+        for start in tl.range(begin, stop, BLOCK, num_stages=get(SPEC, "stages")):
+            rest = (stop - start).to(tl.int32)
+            valid = token < rest
+            k, v = load_tile(data, row, rest, SPEC)
+            zs, hs, outputs = run_layers(k, first, layers, slopes, DTYPE, SPEC)
+            s = score(hs[len(hs) - 1], last)  # [BLOCK]
+            a, ds = attend_backward(s, v, grads, upstream.grad_scores + row, rest, SPEC)
+            _dhs, dzs = run_layers_backward(ds, zs, hs, layers, slopes, last, SPEC)
+            dz = dzs[len(dzs) - 1]
+            pooled = outer_product(a, grads[0])
+            if get(SPEC, "separate_values"):
+                store_rows(grad_value + row * DV, pooled, token, DV, valid, DV, SLAB)
+                dk = times_weight(dz, first[0], zero_matrix(BLOCK, BLOCK, D, SLAB), SPEC)
+            else:
+                dk = times_weight(dz, first[0], pooled, SPEC)
+            store_rows(grad_key + row * D, dk, token, D, valid, D, SLAB)
+            moment = outer_sum(dz, k, moment, PRECISION)
+            grad_c = column_sum(dz, grad_c, DTYPE, PRECISION)
+            row += BLOCK
+        slot = slot_of(program, begin, stop, first_row, last_row)
+        target = grad_first + owner * (D + H1)
+        if slot >= 0:
+            target = part + slot * (D + H1)
+        product = load_matrix(net.product, H1, H1_SLAB, 16, D, SLAB)
+        by_query = ()
+        for i in tl.static_range(len(q)):
+            grad_q = tl.zeros([q[i].shape[0]], tl.float32)
+            for j in tl.static_range(slab_count(H1, H1_SLAB)):
+                grad_q += tl.sum(product[j * len(q) + i].to(tl.float32) * moment[j * len(q) + i], 0)
+            column = columns(i, D, SLAB)
+            tl.store(target + column, grad_q, mask=column < D)
+        for m in tl.static_range(len(moment)):
+            by_query = by_query + (moment[m] * q[m % len(q)].to(tl.float32)[None, :],)
+        store_column(target + D, grad_c, H1, H1_SLAB)
+        add_matrix(grad_key_weight + own, moment, fresh, H1, H1_SLAB, D, SLAB)
+        add_matrix(grad_product_weight + own, by_query, fresh, H1, H1_SLAB, D, SLAB)
+        fresh = 0
         begin = stop
         sequence += 1
-
-
-@triton.jit
-def in_dtype(slabs, DTYPE: tl.constexpr):
-    out = ()
-    for i in tl.static_range(len(slabs)):
-        out = out + (slabs[i].to(DTYPE),)
-    return out
 
 
 @triton.jit
@@ -192,12 +187,12 @@ def zero_sums(SPEC: tl.constexpr):
 
 
 @triton.jit
-def add_layer_sums(sums, hs, dzs, DTYPE: tl.constexpr, SPEC: tl.constexpr):
+def add_layer_sums(sums, outputs, dzs, DTYPE: tl.constexpr, SPEC: tl.constexpr):
     out = ()
     for i in tl.static_range(len(sums)):
         weight, bias = sums[i]
         dz = dzs[len(sums) - 1 - i]  # of hidden layer i + 1; dzs begins with the last
-        weight = outer_sum(dz, in_dtype(hs[i], DTYPE), weight, get(SPEC, "precision"))
+        weight = outer_sum(dz, outputs[i], weight, get(SPEC, "precision"))
         out = out + ((weight, column_sum(dz, bias, DTYPE, get(SPEC, "precision"))),)
     return out
 
@@ -230,6 +225,7 @@ def _weights_kernel(
     """The gradients of the layers behind the first, and of all slopes, per program."""
     BLOCK: tl.constexpr = get(SPEC, "block")
     PRECISION: tl.constexpr = get(SPEC, "precision")
+    DTYPE: tl.constexpr = net.key.dtype.element_ty
     n: tl.constexpr = depth(SPEC)
     program = tl.program_id(0)
     total = tl.load(data.offsets + data.batch)
@@ -240,29 +236,29 @@ def _weights_kernel(
         return
     sequence = find_sequence(data.offsets, data.batch, begin)
     layers, slopes, last = load_network(net, SPEC)
-    dtype: tl.constexpr = net.key.dtype.element_ty
     sums, slope_sums = zero_sums(SPEC)
     last_sum = zero_matrix(width(n - 1, SPEC), widest(n - 1, SPEC), 8, 8)
     last_bias_sum = tl.zeros([BLOCK], tl.float32)
     while begin < end:
+        if tl.load(data.offsets + sequence + 1) <= begin:  # empty
+            sequence = find_sequence(data.offsets, data.batch, begin)
         last_row = tl.load(data.offsets + sequence + 1)
         stop = tl.minimum(last_row, end)
-        if begin < stop:
-            _q, first, grads = load_sequence(data, net, upstream, sequence.to(tl.int64), SPEC)
-            row = begin.to(tl.int64)
-            for start in tl.range(begin, stop, BLOCK, num_stages=get(SPEC, "stages")):
-                rest = (stop - start).to(tl.int32)
-                k, v = load_tile(data, row, rest, SPEC)
-                zs, hs = run_layers(k, first, layers, slopes, SPEC)
-                s = score(hs[n - 1], last)  # [BLOCK]
-                _a, ds = attend_backward(s, v, grads, upstream.grad_scores + row, rest, SPEC)
-                dhs, dzs = run_layers_backward(ds, zs, hs, layers, slopes, last, SPEC)
-                sums = add_layer_sums(sums, hs, dzs, dtype, SPEC)
-                slope_sums = add_slope_sums(slope_sums, zs, dhs, SPEC)
-                scored = tl.broadcast_to(ds[:, None], [BLOCK, 8]).to(dtype)
-                last_sum = outer_sum(in_dtype(hs[n - 1], dtype), (scored,), last_sum, PRECISION)
-                last_bias_sum += ds
-                row += BLOCK
+        _q, first, grads = load_sequence(data, net, upstream, sequence.to(tl.int64), SPEC)
+        row = begin.to(tl.int64)
+        for start in tl.range(begin, stop, BLOCK, num_stages=get(SPEC, "stages")):
+            rest = (stop - start).to(tl.int32)
+            k, v = load_tile(data, row, rest, SPEC)
+            zs, hs, outputs = run_layers(k, first, layers, slopes, DTYPE, SPEC)
+            s = score(hs[n - 1], last)  # [BLOCK]
+            _a, ds = attend_backward(s, v, grads, upstream.grad_scores + row, rest, SPEC)
+            dhs, dzs = run_layers_backward(ds, zs, hs, layers, slopes, last, SPEC)
+            sums = add_layer_sums(sums, outputs, dzs, DTYPE, SPEC)
+            slope_sums = add_slope_sums(slope_sums, zs, dhs, SPEC)
+            scored = tl.broadcast_to(ds[:, None], [BLOCK, 8]).to(DTYPE)
+            last_sum = outer_sum(outputs[n - 1], (scored,), last_sum, PRECISION)
+            last_bias_sum += ds
+            row += BLOCK
         begin = stop
         sequence += 1
     for i in tl.static_range(1, n):
@@ -313,7 +309,7 @@ def backward(
     grad_last_weight = zeros(weight_programs, net.hidden[-1])
     grad_last_bias = zeros(weight_programs, 1)
     if data.batch and total:
-        spec = specialize(unit, net, tokens, with_scores)
+        spec = specialize(unit, data, net, tokens, with_scores)
         part = torch.empty_like(grad_first, memory_format=torch.contiguous_format).new_empty(
             2 * token_programs, grad_first.shape[1]
         )
@@ -340,7 +336,7 @@ def backward(
             grad_slopes,
             grad_last_weight,
             grad_last_bias,
-            SPEC=specialize(unit, net, weights, with_scores),
+            SPEC=specialize(unit, data, net, weights, with_scores),
             num_warps=weights.num_warps,
         )
     grads = gradients(

@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 class Histories(NamedTuple):
-    """The data, and the strides of its rows."""
+    """The data. Rows of the keys and values lie `Spec.key_stride` and `Spec.value_stride` apart."""
 
     query: Tensor  # [B, D]
     key: Tensor  # [T, D]
@@ -18,8 +18,6 @@ class Histories(NamedTuple):
     offsets: Tensor  # [B + 1]
     batch: int
     query_stride: int
-    key_stride: int
-    value_stride: int
 
 
 class Network(NamedTuple):
@@ -54,6 +52,8 @@ class Spec:
     activation: str  # as `primitives.activate` knows it
     softmax: bool
     separate_values: bool
+    key_stride: int
+    value_stride: int
     with_scores: bool  # forward writes them, backward gets their gradient
     precision: str  # of products, as tl.dot takes it
     approx: bool  # approximate instructions of NVIDIA GPUs

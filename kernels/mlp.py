@@ -63,37 +63,40 @@ def first_layer(net, q, sequence, SPEC: tl.constexpr):
 
 
 @triton.jit
-def dense(h, layer, SPEC: tl.constexpr):
-    """The pre-activations of a layer."""
+def hidden_layer(inputs, layer, slopes, DTYPE: tl.constexpr, SPEC: tl.constexpr):
+    """The pre-activations of a layer, its units, and these as the inputs of the next, in DTYPE.
+
+    Slab after slab, so that each leaves the registers as soon as possible.
+    """
     weight, bias = layer
-    out = ()
+    zs = ()
+    hs = ()
+    outputs = ()
     for j in tl.static_range(len(bias)):
-        z = tl.broadcast_to(bias[j][None, :], [h[0].shape[0], bias[j].shape[0]])
-        for i in tl.static_range(len(h)):
-            w = weight[j * len(h) + i]
-            z = dot(h[i].to(w.dtype), tl.trans(w), z, get(SPEC, "precision"))
-        out = out + (z,)
-    return out
-
-
-@triton.jit
-def activate_units(zs, slopes, SPEC: tl.constexpr):
-    out = ()
-    for j in tl.static_range(len(zs)):
+        z = tl.broadcast_to(bias[j][None, :], [inputs[0].shape[0], bias[j].shape[0]])
+        for i in tl.static_range(len(inputs)):
+            z = dot(inputs[i], tl.trans(weight[j * len(inputs) + i]), z, get(SPEC, "precision"))
         slope = slopes[j][None, :] if len(slopes) > 0 else 0.0
-        out = out + (activate(zs[j], slope, get(SPEC, "activation"), get(SPEC, "approx")),)
-    return out
+        h = activate(z, slope, get(SPEC, "activation"), get(SPEC, "approx"))
+        zs = zs + (z,)
+        hs = hs + (h,)
+        outputs = outputs + (h.to(DTYPE),)
+    return zs, hs, outputs
 
 
 @triton.jit
-def run_layers(k, first, layers, slopes, SPEC: tl.constexpr):
-    """The hidden layers over a tile of keys: per layer its pre-activations, and its units."""
-    zs = (dense(k, first, SPEC),)
-    hs = (activate_units(zs[0], slopes[0], SPEC),)
+def run_layers(k, first, layers, slopes, DTYPE: tl.constexpr, SPEC: tl.constexpr):
+    """The hidden layers over a tile of keys: per layer its pre-activations, its units, and these in DTYPE."""
+    z, h, inputs = hidden_layer(k, first, slopes[0], DTYPE, SPEC)
+    zs = (z,)
+    hs = (h,)
+    outputs = (inputs,)
     for i in tl.static_range(len(layers)):
-        zs = zs + (dense(hs[i], layers[i], SPEC),)
-        hs = hs + (activate_units(zs[i + 1], slopes[i + 1], SPEC),)
-    return zs, hs
+        z_next, h_next, output = hidden_layer(outputs[i], layers[i], slopes[i + 1], DTYPE, SPEC)
+        zs = zs + (z_next,)
+        hs = hs + (h_next,)
+        outputs = outputs + (output,)
+    return zs, hs, outputs
 
 
 @triton.jit

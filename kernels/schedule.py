@@ -34,6 +34,13 @@ def find_sequence(offsets, batch, row):
 
 
 @triton.jit
+def slot_of(program, begin, stop, first_row, last_row):
+    """Where the rows from begin to stop of a sequence go: the slot of a part, or -1 if they are all of it."""
+    whole = (begin == first_row) & (stop == last_row)
+    return tl.where(whole, -1, 2 * program + (begin == first_row).to(tl.int32))
+
+
+@triton.jit
 def _merge_kernel(
     part,
     part_state,

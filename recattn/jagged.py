@@ -204,6 +204,14 @@ def offsets_of(lengths: Tensor) -> Tensor:
     return torch.nn.functional.pad(lengths.to(torch.int64).cumsum(0), (1, 0))
 
 
+def unpack(values: Tensor, valid: Tensor) -> Tensor:
+    """`[T]` values of a batch packed by the mask `valid [B, L]` to `[B, L]`, with 0 where it is False."""
+    flat = valid.reshape(-1)
+    # Each takes the value of the last valid position up to it, or the one in front of all values.
+    rows = torch.nn.functional.pad(values, (1, 0)).index_select(0, flat.cumsum(0))
+    return rows.masked_fill(~flat, 0).reshape(valid.shape)
+
+
 def check_offsets(name: str, offsets: Tensor, device: torch.device) -> None:
     """Raises unless `offsets` is `[B + 1]`, int32 or int64, on `device`."""
     if offsets.dtype not in (torch.int32, torch.int64):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from recattn import functional
-from recattn.jagged import Jagged
+from recattn.jagged import Jagged, unpack
 from recattn.nn.twin import Twin
 from recattn.reference import activation_unit_padded
 
@@ -99,6 +99,10 @@ class ActivationUnit(Twin):
         if padded and keys.dim() != 3:
             raise ValueError(f"keys: expected [B, L, D], got {list(keys.shape)}")
         history = _to_jagged(keys, lengths, mask)
+        if query.shape != (history.batch_size, self.dim):
+            raise ValueError(
+                f"query: expected shape [{history.batch_size}, {self.dim}], got {list(query.shape)}"
+            )
         pooled = None if values is None else _to_jagged(values, lengths, mask).values
         compute = self._eager if self.implementation == "eager" else self._fused
         result = compute(query, history, pooled, return_scores)
@@ -109,13 +113,7 @@ class ActivationUnit(Twin):
             return out, history.with_values(attention)
         if not padded:
             return out, history.with_values(attention).to_nested()
-        valid = _valid(keys, lengths, mask).reshape(-1)
-        row = (valid.cumsum(0) - 1).clamp_min(0)
-        if attention.numel():
-            attention = attention.index_select(0, row).masked_fill(~valid, 0)
-        else:
-            attention = attention.new_zeros(valid.numel())
-        return out, attention.reshape(keys.shape[:2])
+        return out, unpack(attention, _valid(keys, lengths, mask))
 
     def _arguments(self) -> dict[str, Any]:
         slope: Any = None

@@ -1,0 +1,1 @@
+"""Fair timings of one operator by several implementations: what `recattn bench` and `recattn profile` run."""

@@ -1,0 +1,85 @@
+"""DeepCTR-Torch's attention pooling, and what the tests of its fused form compare."""
+
+from __future__ import annotations
+
+import sys
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import recattn
+
+with pytest.MonkeyPatch.context() as patch:
+    # At its import the library asks the network, in a thread, whether it is the newest.
+    utils = ModuleType("deepctr_torch.utils")
+    utils.check_version = lambda _: None  # type: ignore[attr-defined]
+    patch.setitem(sys.modules, "deepctr_torch.utils", utils)
+    pytest.importorskip("deepctr_torch", reason='needs DeepCTR-Torch: pip install "recattn[peers]"')
+
+from deepctr_torch.inputs import SparseFeat, VarLenSparseFeat, get_feature_names
+from deepctr_torch.layers.activation import Dice
+from deepctr_torch.layers.sequence import AttentionSequencePoolingLayer as Pooling
+from deepctr_torch.models.dien import DIEN
+from deepctr_torch.models.din import DIN
+
+from recattn.swap.deepctr_torch import FusedAttentionSequencePoolingLayer as FusedPooling
+
+__all__ = [
+    "BATCH",
+    "DIEN",
+    "DIN",
+    "LENGTHS",
+    "LONGEST",
+    "WIDTH",
+    "Dice",
+    "FusedPooling",
+    "Pooling",
+    "SparseFeat",
+    "VarLenSparseFeat",
+    "assert_equal",
+    "assert_fused_equals_own",
+    "get_feature_names",
+    "pooling",
+    "query_and_keys",
+    "run",
+]
+
+BATCH, LONGEST, WIDTH = 7, 6, 4
+LENGTHS = torch.tensor([3, 0, 6, 1, 9, 0, 5])  # empty rows, and one longer than the padded batch
+
+
+def pooling(hidden: tuple[int, ...] = (5, 3), activation: Any = "sigmoid", **options: Any) -> Pooling:
+    torch.manual_seed(0)
+    layer = Pooling(hidden, activation, embedding_dim=WIDTH, **options).double()
+    for parameter in layer.parameters():  # the library starts with weights of 1e-4, which hide errors
+        nn.init.normal_(parameter)
+    return layer
+
+
+def query_and_keys(batch: int = BATCH, longest: int = LONGEST) -> tuple[Tensor, Tensor]:
+    torch.manual_seed(1)
+    return torch.randn(batch, 1, WIDTH).double(), torch.randn(batch, longest, WIDTH).double()
+
+
+def run(layer: nn.Module, query: Tensor, keys: Tensor, *rest: Any) -> list[Tensor]:
+    """The output, and the gradients of query, keys and every parameter for some gradient of the output."""
+    query, keys = query.clone().requires_grad_(), keys.clone().requires_grad_()
+    out = layer(query, keys, *rest)
+    upstream = torch.arange(1.0, 1 + out.numel()).reshape(out.shape).cos().to(out)
+    leaves = [query, keys, *layer.parameters()]
+    return [out, *torch.autograd.grad(out, leaves, upstream, materialize_grads=True)]
+
+
+def assert_equal(actual: list[Tensor], expected: list[Tensor]) -> None:
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-10)
+
+
+def assert_fused_equals_own(layer: Pooling, query: Tensor, keys: Tensor, *rest: Any) -> None:
+    own = run(layer, query, keys, *rest)
+    (row,) = recattn.fuse(layer)
+    assert row.swapped, row.reason
+    assert type(layer) is FusedPooling
+    assert_equal(run(layer, query, keys, *rest), own)
