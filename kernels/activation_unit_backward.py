@@ -15,29 +15,35 @@ from torch import Tensor
 
 from . import settings
 from .activation_unit import histories, specialize
-from .arguments import Upstream, depth, get, widest, width
-from .mlp import first_layer, load_network, run_layers, run_layers_backward, score, times_weight
-from .normal_form import gradients, normal_form
+from .arguments import Upstream, depth, get, narrowest, widest, width
+from .mlp import first_layer, load_network, run_layers, score
+from .mlp_backward import load_back, run_layers_backward, times_weight
+from .normal_form import backward_weights, gradients, normal_form
 from .primitives import (
     LN_2,
     LOG2_E,
-    add_matrix,
-    column_sum,
     columns,
+    dot,
     exp2,
     load_matrix,
     load_rows,
     load_vector,
-    outer_product,
-    outer_sum,
     slab_count,
-    store_column,
-    store_row,
     store_rows,
-    zero_matrix,
-    zero_rows,
 )
 from .schedule import find_sequence, merge, rows_per_program, slot_of
+from .sums import (
+    add_matrix,
+    add_octets,
+    column_sum,
+    load_padded,
+    outer_product,
+    outer_sum,
+    store_column,
+    store_octets,
+    zero_matrix,
+    zero_octets,
+)
 
 
 @triton.jit
@@ -46,10 +52,12 @@ def load_sequence(data, net, upstream, sequence, SPEC: tl.constexpr):
     q = load_vector(data.query + sequence * data.query_stride, get(SPEC, "dim"), get(SPEC, "dim_slab"))
     first = first_layer(net, q, sequence, SPEC)
     DV: tl.constexpr = get(SPEC, "value_dim")
-    grad_out = load_vector(upstream.grad_out + sequence * DV, DV, get(SPEC, "dim_slab"))
-    delta = tl.load(upstream.delta + sequence)
+    grad_out = upstream.grad_out + sequence * DV
+    across = load_padded(grad_out, DV, get(SPEC, "dim_slab"), 8, False)  # [DV, 8]
+    along = load_padded(grad_out, DV, get(SPEC, "dim_slab"), 16, True)  # [16, DV]
+    delta = tl.load(upstream.delta + sequence) * LN_2
     log_mass = tl.load(upstream.lse + sequence) * LOG2_E
-    return q, first, (grad_out, delta, log_mass)
+    return q, first, (across, along, delta, log_mass)
 
 
 @triton.jit
@@ -68,19 +76,51 @@ def load_tile(data, row, rest, SPEC: tl.constexpr):
 @triton.jit
 def attend_backward(s, v, grads, grad_scores, rest, SPEC: tl.constexpr):
     """The attention a and dL/ds, `[tokens]`, from the scores s; both zero past the end of the sequence."""
-    grad_out, delta, log_mass = grads
+    across, _along, delta, log_mass = grads
     token = tl.arange(0, get(SPEC, "block"))
     valid = token < rest
-    grad = tl.zeros([get(SPEC, "block")], tl.float32)
+    products = tl.zeros([get(SPEC, "block"), 8], tl.float32)
+    for i in tl.static_range(len(v)):
+        products = dot(v[i], across[i], products, get(SPEC, "precision"))
+    grad = tl.sum(products, 1)
     if get(SPEC, "with_scores"):
         grad += tl.load(grad_scores + token, mask=valid, other=0.0).to(tl.float32)
-    for i in tl.static_range(len(v)):
-        grad += tl.sum(v[i].to(tl.float32) * grad_out[i].to(tl.float32)[None, :], 1)
     if get(SPEC, "softmax"):
-        a = tl.where(valid, exp2(s - log_mass, get(SPEC, "approx")), 0.0)
-        return a, a * (grad - delta) * LN_2
+        a = exp2(tl.where(valid, s - log_mass, float("-inf")), get(SPEC, "approx"))
+        return a, a * (grad * LN_2 - delta)
     else:
         return tl.where(valid, s, 0.0), tl.where(valid, grad, 0.0)
+
+
+@triton.jit
+def spread(a, grads, acc, SPEC: tl.constexpr):
+    """`acc + a·dL/dout`, `[tokens, DV]`: what the pooling passes to its values."""
+    along = grads[1]
+    out = ()
+    for i in tl.static_range(len(along)):
+        rows = tl.broadcast_to(a.to(along[i].dtype)[:, None], [a.shape[0], 16])
+        out = out + (dot(rows, along[i], acc[i], get(SPEC, "precision")),)
+    return out
+
+
+@triton.jit
+def first_dz(dzs, last, SPEC: tl.constexpr):
+    """dL/dz of the first hidden layer."""
+    if depth(SPEC) > 1:
+        return dzs[len(dzs) - 1]
+    else:
+        out = ()
+        for j in tl.static_range(len(dzs[0])):
+            out = out + (dzs[0][j] * last[0][j][None, :],)
+        return out
+
+
+@triton.jit
+def in_dtype(slabs, DTYPE: tl.constexpr):
+    out = ()
+    for i in tl.static_range(len(slabs)):
+        out = out + (slabs[i].to(DTYPE),)
+    return out
 
 
 @triton.jit
@@ -115,6 +155,7 @@ def _tokens_kernel(
         return
     sequence = find_sequence(data.offsets, data.batch, begin)
     layers, slopes, last = load_network(net, SPEC)
+    back = load_back(upstream.back, 0, SPEC)
     token = tl.arange(0, BLOCK)
     own = program.to(tl.int64) * (H1 * D)
     fresh = 1
@@ -126,8 +167,8 @@ def _tokens_kernel(
         stop = tl.minimum(last_row, end)
         owner = sequence.to(tl.int64)
         q, first, grads = load_sequence(data, net, upstream, owner, SPEC)
-        moment = zero_matrix(H1, H1_SLAB, D, SLAB)  # Σ_t dL/dz1_t k_tᵀ, the gradient of W_eff
-        grad_c = zero_matrix(H1, H1_SLAB, 8, 8)
+        moment = zero_matrix(D, SLAB, H1, H1_SLAB)  # Σ_t k_t dL/dz1_tᵀ, the gradient of W_effᵀ
+        grad_c = zero_matrix(H1, H1_SLAB, 8, 8, 16, 8)
         row = begin.to(tl.int64)
         for start in tl.range(begin, stop, BLOCK, num_stages=get(SPEC, "stages")):
             rest = (stop - start).to(tl.int32)
@@ -136,35 +177,36 @@ def _tokens_kernel(
             zs, hs, outputs = run_layers(k, first, layers, slopes, DTYPE, SPEC)
             s = score(hs[len(hs) - 1], last)  # [BLOCK]
             a, ds = attend_backward(s, v, grads, upstream.grad_scores + row, rest, SPEC)
-            _dhs, dzs = run_layers_backward(ds, zs, hs, layers, slopes, last, SPEC)
-            dz = dzs[len(dzs) - 1]
-            pooled = outer_product(a, grads[0])
+            _dhs, dzs = run_layers_backward(ds, zs, hs, outputs, back, slopes, SPEC)
+            dz = in_dtype(first_dz(dzs, last, SPEC), DTYPE)
+            moment = outer_sum(k, dz, moment, PRECISION)
+            grad_c = column_sum(dz, grad_c, DTYPE, PRECISION)
             if get(SPEC, "separate_values"):
-                store_rows(grad_value + row * DV, pooled, token, DV, valid, DV, SLAB)
+                grad_v = spread(a, grads, zero_matrix(BLOCK, BLOCK, DV, SLAB), SPEC)
+                store_rows(grad_value + row * DV, grad_v, token, DV, valid, DV, SLAB)
                 dk = times_weight(dz, first[0], zero_matrix(BLOCK, BLOCK, D, SLAB), SPEC)
             else:
-                dk = times_weight(dz, first[0], pooled, SPEC)
+                dk = spread(a, grads, zero_matrix(BLOCK, BLOCK, D, SLAB), SPEC)
+                dk = times_weight(dz, first[0], dk, SPEC)
             store_rows(grad_key + row * D, dk, token, D, valid, D, SLAB)
-            moment = outer_sum(dz, k, moment, PRECISION)
-            grad_c = column_sum(dz, grad_c, DTYPE, PRECISION)
             row += BLOCK
         slot = slot_of(program, begin, stop, first_row, last_row)
         target = grad_first + owner * (D + H1)
         if slot >= 0:
             target = part + slot * (D + H1)
-        product = load_matrix(net.product, H1, H1_SLAB, 16, D, SLAB)
+        product = load_matrix(upstream.product, D, SLAB, 16, H1, H1_SLAB)
         by_query = ()
+        COUNT: tl.constexpr = slab_count(H1, H1_SLAB)
         for i in tl.static_range(len(q)):
             grad_q = tl.zeros([q[i].shape[0]], tl.float32)
-            for j in tl.static_range(slab_count(H1, H1_SLAB)):
-                grad_q += tl.sum(product[j * len(q) + i].to(tl.float32) * moment[j * len(q) + i], 0)
+            for j in tl.static_range(COUNT):
+                grad_q += tl.sum(product[i * COUNT + j].to(tl.float32) * moment[i * COUNT + j], 1)
+                by_query = by_query + (moment[i * COUNT + j] * q[i].to(tl.float32)[:, None],)
             column = columns(i, D, SLAB)
             tl.store(target + column, grad_q, mask=column < D)
-        for m in tl.static_range(len(moment)):
-            by_query = by_query + (moment[m] * q[m % len(q)].to(tl.float32)[None, :],)
         store_column(target + D, grad_c, H1, H1_SLAB)
-        add_matrix(grad_key_weight + own, moment, fresh, H1, H1_SLAB, D, SLAB)
-        add_matrix(grad_product_weight + own, by_query, fresh, H1, H1_SLAB, D, SLAB)
+        add_matrix(grad_key_weight + own, moment, fresh, D, SLAB, H1, H1_SLAB)
+        add_matrix(grad_product_weight + own, by_query, fresh, D, SLAB, H1, H1_SLAB)
         fresh = 0
         begin = stop
         sequence += 1
@@ -172,28 +214,39 @@ def _tokens_kernel(
 
 @triton.jit
 def zero_sums(SPEC: tl.constexpr):
-    """Per hidden layer after the first, sums for its weight and its bias; per hidden layer, for its slopes."""
+    """Per hidden layer after the first, sums for its weight, transposed, and its bias; per hidden layer, for its
+    slopes."""
     sums = ()
     for i in tl.static_range(1, depth(SPEC)):
-        weight = zero_matrix(width(i, SPEC), widest(i, SPEC), width(i - 1, SPEC), widest(i - 1, SPEC))
-        sums = sums + ((weight, zero_matrix(width(i, SPEC), widest(i, SPEC), 8, 8)),)
+        weight = zero_matrix(
+            width(i - 1, SPEC), get(SPEC, "slab"), width(i, SPEC), widest(i, SPEC), 16, narrowest(i, SPEC)
+        )
+        sums = sums + ((weight, zero_octets(width(i, SPEC), widest(i, SPEC), narrowest(i, SPEC))),)
     slope_sums = ()
     for i in tl.static_range(depth(SPEC)):
         if get(SPEC, "activation") == "leaky_relu":
-            slope_sums = slope_sums + (zero_rows(1, width(i, SPEC), widest(i, SPEC)),)
+            slope_sums = slope_sums + (zero_octets(width(i, SPEC), widest(i, SPEC), narrowest(i, SPEC)),)
         else:
             slope_sums = slope_sums + ((),)
     return sums, slope_sums
 
 
 @triton.jit
-def add_layer_sums(sums, outputs, dzs, DTYPE: tl.constexpr, SPEC: tl.constexpr):
+def store_matrix_of(pointer, slabs, LAYER: tl.constexpr, SPEC: tl.constexpr):
+    inputs: tl.constexpr = width(LAYER - 1, SPEC)
+    outputs: tl.constexpr = width(LAYER, SPEC)
+    slab: tl.constexpr = get(SPEC, "slab")
+    add_matrix(pointer, slabs, 1, inputs, slab, outputs, widest(LAYER, SPEC), 16, narrowest(LAYER, SPEC))
+
+
+@triton.jit
+def add_layer_sums(sums, outputs, dzs, SPEC: tl.constexpr):
     out = ()
     for i in tl.static_range(len(sums)):
         weight, bias = sums[i]
         dz = dzs[len(sums) - 1 - i]  # of hidden layer i + 1; dzs begins with the last
-        weight = outer_sum(dz, outputs[i], weight, get(SPEC, "precision"))
-        out = out + ((weight, column_sum(dz, bias, DTYPE, get(SPEC, "precision"))),)
+        weight = outer_sum(outputs[i], in_dtype(dz, outputs[i][0].dtype), weight, get(SPEC, "precision"))
+        out = out + ((weight, add_octets(dz, bias)),)
     return out
 
 
@@ -204,9 +257,19 @@ def add_slope_sums(slope_sums, zs, dhs, SPEC: tl.constexpr):
     for i in tl.static_range(len(slope_sums)):
         layer = ()
         for j in tl.static_range(len(slope_sums[i])):
-            term = tl.sum(dhs[len(slope_sums) - 1 - i][j] * tl.minimum(zs[i][j], 0.0), 0)
-            layer = layer + (slope_sums[i][j] + term[None, :],)
-        out = out + (layer,)
+            if i == len(slope_sums) - 1:
+                layer = layer + (dhs[0][:, None] * tl.minimum(zs[i][j], 0.0),)
+            else:
+                layer = layer + (dhs[len(slope_sums) - 1 - i][j] * tl.minimum(zs[i][j], 0.0),)
+        out = out + (add_octets(layer, slope_sums[i]),)
+    return out
+
+
+@triton.jit
+def times_rows(rows, slabs):
+    out = ()
+    for i in tl.static_range(len(slabs)):
+        out = out + (rows[:, None] * slabs[i],)
     return out
 
 
@@ -236,8 +299,9 @@ def _weights_kernel(
         return
     sequence = find_sequence(data.offsets, data.batch, begin)
     layers, slopes, last = load_network(net, SPEC)
+    back = load_back(upstream.back, 0 if get(SPEC, "activation") == "leaky_relu" else 1, SPEC)
     sums, slope_sums = zero_sums(SPEC)
-    last_sum = zero_matrix(width(n - 1, SPEC), widest(n - 1, SPEC), 8, 8)
+    last_sum = zero_octets(width(n - 1, SPEC), widest(n - 1, SPEC), narrowest(n - 1, SPEC))
     last_bias_sum = tl.zeros([BLOCK], tl.float32)
     while begin < end:
         if tl.load(data.offsets + sequence + 1) <= begin:  # empty
@@ -252,27 +316,25 @@ def _weights_kernel(
             zs, hs, outputs = run_layers(k, first, layers, slopes, DTYPE, SPEC)
             s = score(hs[n - 1], last)  # [BLOCK]
             _a, ds = attend_backward(s, v, grads, upstream.grad_scores + row, rest, SPEC)
-            dhs, dzs = run_layers_backward(ds, zs, hs, layers, slopes, last, SPEC)
-            sums = add_layer_sums(sums, outputs, dzs, DTYPE, SPEC)
+            dhs, dzs = run_layers_backward(ds, zs, hs, outputs, back, slopes, SPEC)
+            sums = add_layer_sums(sums, outputs, dzs, SPEC)
             slope_sums = add_slope_sums(slope_sums, zs, dhs, SPEC)
-            scored = tl.broadcast_to(ds[:, None], [BLOCK, 8]).to(DTYPE)
-            last_sum = outer_sum(outputs[n - 1], (scored,), last_sum, PRECISION)
+            last_sum = add_octets(times_rows(ds, hs[n - 1]), last_sum)
             last_bias_sum += ds
             row += BLOCK
         begin = stop
         sequence += 1
     for i in tl.static_range(1, n):
-        size = width(i, SPEC) * width(i - 1, SPEC)
-        target = grad_weights[i - 1] + program.to(tl.int64) * size
-        add_matrix(
-            target, sums[i - 1][0], 1, width(i, SPEC), widest(i, SPEC), width(i - 1, SPEC), widest(i - 1, SPEC)
-        )
-        store_column(grad_biases[i - 1] + program * width(i, SPEC), sums[i - 1][1], width(i, SPEC), widest(i, SPEC))
+        target = grad_weights[i - 1] + program.to(tl.int64) * (width(i, SPEC) * width(i - 1, SPEC))
+        store_matrix_of(target, sums[i - 1][0], i, SPEC)
+        target = grad_biases[i - 1] + program * width(i, SPEC)
+        store_octets(target, sums[i - 1][1], width(i, SPEC), widest(i, SPEC), narrowest(i, SPEC))
     if get(SPEC, "activation") == "leaky_relu":
         for i in tl.static_range(n):
             target = grad_slopes[i] + program * width(i, SPEC)
-            store_row(target, slope_sums[i], width(i, SPEC), widest(i, SPEC))
-    store_column(grad_last_weight + program * width(n - 1, SPEC), last_sum, width(n - 1, SPEC), widest(n - 1, SPEC))
+            store_octets(target, slope_sums[i], width(i, SPEC), widest(i, SPEC), narrowest(i, SPEC))
+    target = grad_last_weight + program * width(n - 1, SPEC)
+    store_octets(target, last_sum, width(n - 1, SPEC), widest(n - 1, SPEC), narrowest(n - 1, SPEC))
     tl.store(grad_last_bias + program, tl.sum(last_bias_sum))
 
 
@@ -293,6 +355,8 @@ def backward(
         lse if grad_scores is None else grad_scores.contiguous(),
         lse if delta is None else delta,
         lse,
+        backward_weights(unit, net),
+        net.network.product.t().contiguous(),
     )
     tokens, weights = settings.BACKWARD_TOKENS[net.precision], settings.BACKWARD_WEIGHTS[net.precision]
     token_programs = settings.programs(tokens, total, data.key.device)
@@ -300,10 +364,10 @@ def backward(
     with_scores = grad_scores is not None
 
     by_program = {
-        "key": zeros(token_programs, *net.network.key.shape),
-        "product": zeros(token_programs, *net.network.product.shape),
+        "key": zeros(token_programs, *net.network.key.t().shape),
+        "product": zeros(token_programs, *net.network.product.t().shape),
     }
-    grad_weights = tuple(zeros(weight_programs, *w.shape) for w in net.network.weights)
+    grad_weights = tuple(zeros(weight_programs, *w.t().shape) for w in net.network.weights)
     grad_biases = tuple(zeros(weight_programs, *b.shape) for b in net.network.biases)
     grad_slopes = tuple(zeros(weight_programs, *s.shape) for s in net.network.slopes)
     grad_last_weight = zeros(weight_programs, net.hidden[-1])
@@ -339,17 +403,25 @@ def backward(
             SPEC=specialize(unit, data, net, weights, with_scores),
             num_warps=weights.num_warps,
         )
+    weight_sums = [w.sum(0).t() for w in grad_weights]
+    bias_sums = [b.sum(0) for b in grad_biases]
+    slope_sums = [g.sum(0) for g in grad_slopes]
+    if weight_sums:  # their sums are of e, see mlp_backward
+        weight_sums[-1] = weight_sums[-1] * net.network.last_weight[:, None]
+        bias_sums[-1] = bias_sums[-1] * net.network.last_weight
+    if slope_sums:
+        slope_sums[-1] = slope_sums[-1] * net.network.last_weight
     grads = gradients(
         net,
-        by_program["key"].sum(0),
-        by_program["product"].sum(0),
+        by_program["key"].sum(0).t(),
+        by_program["product"].sum(0).t(),
         grad_first[:, dim:],
-        [w.sum(0) for w in grad_weights],
-        [b.sum(0) for b in grad_biases],
+        weight_sums,
+        bias_sums,
         grad_last_weight.sum(0),
         grad_last_bias.sum(0),
     )
     slopes = [
-        g.sum(0).sum_to_size(s.shape) for g, s in zip(grad_slopes, unit.slopes, strict=False) if isinstance(s, Tensor)
+        g.sum_to_size(s.shape) for g, s in zip(slope_sums, unit.slopes, strict=False) if isinstance(s, Tensor)
     ]
     return grad_first[:, :dim], grad_key, grad_value, *grads, slopes

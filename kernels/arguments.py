@@ -40,6 +40,8 @@ class Upstream(NamedTuple):
     grad_scores: Tensor  # [T]
     delta: Tensor  # [B], Σ_t a_t dL/da_t
     lse: Tensor  # [B]
+    back: tuple[Tensor, ...]  # [H2, H1], ..., the matrices of the way back, see mlp_backward
+    product: Tensor  # [D, H1], the network's, transposed
 
 
 @dataclass(frozen=True)

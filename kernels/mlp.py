@@ -8,7 +8,6 @@ import triton.language as tl
 from .arguments import depth, get, narrowest, widest, width
 from .primitives import (
     activate,
-    activate_backward,
     columns,
     dot,
     load_matrix,
@@ -108,48 +107,3 @@ def score(h, last):
         terms = h[j] * weight[j][None, :]
         octets += tl.sum(tl.reshape(terms, [h[j].shape[0], h[j].shape[1] // 8, 8]), 1)
     return tl.sum(octets, 1) + bias
-
-
-# ------------------------------------------------------------------------------------------------ backward
-
-
-@triton.jit
-def times_weight(dz, weight, acc, SPEC: tl.constexpr):
-    """`acc + dz W`: through a layer, from dL/dz to the gradient of what it read."""
-    out = ()
-    for i in tl.static_range(len(acc)):
-        grad = acc[i]
-        for j in tl.static_range(len(dz)):
-            w = weight[j * len(acc) + i]
-            grad = dot(dz[j].to(w.dtype), w, grad, get(SPEC, "precision"))
-        out = out + (grad,)
-    return out
-
-
-@triton.jit
-def activate_units_backward(dh, zs, hs, slopes, SPEC: tl.constexpr):
-    out = ()
-    for j in tl.static_range(len(zs)):
-        slope = slopes[j][None, :] if len(slopes) > 0 else 0.0
-        dz = activate_backward(dh[j], zs[j], hs[j], slope, get(SPEC, "activation"), get(SPEC, "approx"))
-        out = out + (dz,)
-    return out
-
-
-@triton.jit
-def run_layers_backward(ds, zs, hs, layers, slopes, last, SPEC: tl.constexpr):
-    """dL/dh and dL/dz of each hidden layer, the last layer first."""
-    n: tl.constexpr = depth(SPEC) - 1
-    dh = ()
-    for j in tl.static_range(len(last[0])):
-        dh = dh + (ds[:, None] * last[0][j][None, :],)
-    dhs = (dh,)
-    dzs = (activate_units_backward(dh, zs[n], hs[n], slopes[n], SPEC),)
-    for i in tl.static_range(n):
-        zero = ()
-        for j in tl.static_range(len(zs[n - 1 - i])):
-            zero = zero + (tl.zeros(zs[n - 1 - i][j].shape, tl.float32),)
-        dhs = dhs + (times_weight(dzs[i], layers[n - 1 - i][0], zero, SPEC),)
-        dz = activate_units_backward(dhs[i + 1], zs[n - 1 - i], hs[n - 1 - i], slopes[n - 1 - i], SPEC)
-        dzs = dzs + (dz,)
-    return dhs, dzs

@@ -73,6 +73,15 @@ def normal_form(unit: Any) -> NormalForm:
     return NormalForm(network, hidden, precision, approx, form, last_factor)
 
 
+def backward_weights(unit: Any, net: NormalForm) -> tuple[Tensor, ...]:
+    """The matrices that lead back from one hidden layer to the one before, see `mlp_backward`."""
+    sign = -1.0 if net.form.kernel == "tanh" else 1.0
+    weights = [_scaled(w, sign * net.form.inner * net.form.gain) for w in unit.weights[:-1]]
+    if weights:
+        weights[-1] = weights[-1] * net.network.last_weight[:, None]
+    return tuple(w.to(unit.keys.dtype).contiguous() for w in weights)
+
+
 def gradients(
     net: NormalForm,
     key: Tensor,

@@ -229,6 +229,43 @@ def activate_backward(grad, z, h, slope, ACTIVATION: tl.constexpr, APPROX: tl.co
         return grad
 
 
+@triton.jit
+def times_tanh_slope(grad, h, APPROX: tl.constexpr):
+    """`grad·(h² - 1)`, in 16 bits: minus the way back through h = tanh(z). The sign belongs to the weights."""
+    if APPROX and h.dtype == tl.bfloat16:
+        return tl.inline_asm_elementwise(
+            """{
+            .reg .b32 slope, one, zero;
+            mov.b32 one, 0xbf80bf80;
+            mov.b32 zero, 0x80008000;
+            fma.rn.bf16x2 slope, $2, $2, one;
+            fma.rn.bf16x2 $0, $1, slope, zero;
+            }""",
+            "=r,r,r",
+            [grad.to(h.dtype), h],
+            dtype=tl.bfloat16,
+            is_pure=True,
+            pack=2,
+        )
+    elif APPROX and h.dtype == tl.float16:
+        return tl.inline_asm_elementwise(
+            """{
+            .reg .b32 slope, one;
+            mov.b32 one, 0xbc00bc00;
+            fma.rn.f16x2 slope, $2, $2, one;
+            mul.rn.f16x2 $0, $1, slope;
+            }""",
+            "=r,r,r",
+            [grad.to(h.dtype), h],
+            dtype=tl.float16,
+            is_pure=True,
+            pack=2,
+        )
+    else:
+        h = h.to(tl.float32)
+        return grad * (h * h - 1)
+
+
 # ------------------------------------------------------------------------------------------------ pooling
 #
 # The pooled row is kept as a tile: 16 equal rows where a matrix unit makes it, one row where plain FMAs do.
@@ -272,75 +309,3 @@ def store_row(pointer, slabs, WIDTH: tl.constexpr, WIDEST: tl.constexpr):
         column = columns(i, WIDTH, WIDEST)[None, :]
         inside = (row == 0) & (column < WIDTH)
         tl.store(pointer + row * 0 + column, slabs[i].to(pointer.dtype.element_ty), mask=inside)
-
-
-# ------------------------------------------------------------------------------------------------ sums over tokens
-
-
-@triton.jit
-def zero_matrix(ROWS: tl.constexpr, ROW_WIDEST: tl.constexpr, COLS: tl.constexpr, COL_WIDEST: tl.constexpr):
-    slabs = ()
-    for j in tl.static_range(slab_count(ROWS, ROW_WIDEST)):
-        for i in tl.static_range(slab_count(COLS, COL_WIDEST)):
-            slabs = slabs + (
-                tl.zeros([slab_size(j, ROWS, ROW_WIDEST), slab_size(i, COLS, COL_WIDEST)], tl.float32),
-            )
-    return slabs
-
-
-@triton.jit
-def outer_sum(rows, cols, acc, PRECISION: tl.constexpr):
-    """`acc + Σ_t rows_t cols_tᵀ`, of slabs `[tokens, *]`."""
-    out = ()
-    for j in tl.static_range(len(rows)):
-        left = tl.trans(rows[j].to(cols[0].dtype))
-        for i in tl.static_range(len(cols)):
-            out = out + (dot(left, cols[i], acc[j * len(cols) + i], PRECISION),)
-    return out
-
-
-@triton.jit
-def column_sum(rows, acc, DTYPE: tl.constexpr, PRECISION: tl.constexpr):
-    """`acc + Σ_t rows_t` as eight equal columns: a product with ones costs a fraction of a reduction."""
-    ones = (tl.full([rows[0].shape[0], 8], 1.0, tl.float32).to(DTYPE),)
-    return outer_sum(rows, ones, acc, PRECISION)
-
-
-@triton.jit
-def add_matrix(
-    pointer,
-    slabs,
-    fresh,
-    ROWS: tl.constexpr,
-    ROW_WIDEST: tl.constexpr,
-    COLS: tl.constexpr,
-    COL_WIDEST: tl.constexpr,
-):
-    """Adds to a contiguous `[ROWS, COLS]` of the program's own; overwrites it if it is fresh."""
-    COUNT: tl.constexpr = slab_count(COLS, COL_WIDEST)
-    for j in tl.static_range(slab_count(ROWS, ROW_WIDEST)):
-        for i in tl.static_range(COUNT):
-            row = columns(j, ROWS, ROW_WIDEST)[:, None]
-            column = columns(i, COLS, COL_WIDEST)[None, :]
-            inside = (row < ROWS) & (column < COLS)
-            target = pointer + row * COLS + column
-            before = tl.load(target, mask=inside & (fresh == 0), other=0.0)
-            tl.store(target, before + slabs[j * COUNT + i], mask=inside)
-
-
-@triton.jit
-def store_column(pointer, slabs, ROWS: tl.constexpr, ROW_WIDEST: tl.constexpr):
-    """The first of the equal columns that column_sum makes."""
-    for j in tl.static_range(slab_count(ROWS, ROW_WIDEST)):
-        row = columns(j, ROWS, ROW_WIDEST)[:, None]
-        column = tl.arange(0, slabs[j].shape[1])[None, :]
-        tl.store(pointer + row + column * 0, slabs[j], mask=(column == 0) & (row < ROWS))
-
-
-@triton.jit
-def outer_product(rows, cols):
-    """Slabs `[tokens, size]` of rows_t·cols."""
-    out = ()
-    for i in tl.static_range(len(cols)):
-        out = out + (rows[:, None] * cols[i].to(tl.float32)[None, :],)
-    return out
