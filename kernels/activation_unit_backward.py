@@ -179,8 +179,6 @@ def _tokens_kernel(
             a, ds = attend_backward(s, v, grads, upstream.grad_scores + row, rest, SPEC)
             _dhs, dzs = run_layers_backward(ds, zs, hs, outputs, back, slopes, SPEC)
             dz = in_dtype(first_dz(dzs, last, SPEC), DTYPE)
-            moment = outer_sum(k, dz, moment, PRECISION)
-            grad_c = column_sum(dz, grad_c, DTYPE, PRECISION)
             if get(SPEC, "separate_values"):
                 grad_v = spread(a, grads, zero_matrix(BLOCK, BLOCK, DV, SLAB), SPEC)
                 store_rows(grad_value + row * DV, grad_v, token, DV, valid, DV, SLAB)
@@ -189,6 +187,8 @@ def _tokens_kernel(
                 dk = spread(a, grads, zero_matrix(BLOCK, BLOCK, D, SLAB), SPEC)
                 dk = times_weight(dz, first[0], dk, SPEC)
             store_rows(grad_key + row * D, dk, token, D, valid, D, SLAB)
+            moment = outer_sum(k, dz, moment, PRECISION)
+            grad_c = column_sum(dz, grad_c, DTYPE, PRECISION)
             row += BLOCK
         slot = slot_of(program, begin, stop, first_row, last_row)
         target = grad_first + owner * (D + H1)
