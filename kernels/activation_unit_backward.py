@@ -6,6 +6,7 @@ from tile to tile but sums. Weight gradients are summed per program, then over p
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,10 +16,10 @@ from torch import Tensor
 
 from . import settings
 from .activation_unit import histories, specialize
-from .arguments import Upstream, depth, get, narrowest, widest, width
+from .arguments import Histories, Spec, Upstream, depth, get, narrowest, widest, width
 from .mlp import first_layer, load_network, run_layers, score
 from .mlp_backward import load_back, run_layers_backward, times_weight
-from .normal_form import backward_weights, gradients, normal_form
+from .normal_form import NormalForm, backward_weights, gradients, normal_form
 from .primitives import (
     LN_2,
     LOG2_E,
@@ -221,11 +222,11 @@ def zero_sums(SPEC: tl.constexpr):
         weight = zero_matrix(
             width(i - 1, SPEC), get(SPEC, "slab"), width(i, SPEC), widest(i, SPEC), 16, narrowest(i, SPEC)
         )
-        sums = sums + ((weight, zero_octets(width(i, SPEC), widest(i, SPEC), narrowest(i, SPEC))),)
+        sums = sums + ((weight, zero_octets(get(SPEC, "warps"), width(i, SPEC), widest(i, SPEC), narrowest(i, SPEC))),)
     slope_sums = ()
     for i in tl.static_range(depth(SPEC)):
         if get(SPEC, "activation") == "leaky_relu":
-            slope_sums = slope_sums + (zero_octets(width(i, SPEC), widest(i, SPEC), narrowest(i, SPEC)),)
+            slope_sums = slope_sums + (zero_octets(get(SPEC, "warps"), width(i, SPEC), widest(i, SPEC), narrowest(i, SPEC)),)
         else:
             slope_sums = slope_sums + ((),)
     return sums, slope_sums
@@ -301,7 +302,7 @@ def _weights_kernel(
     layers, slopes, last = load_network(net, SPEC)
     back = load_back(upstream.back, 0 if get(SPEC, "activation") == "leaky_relu" else 1, SPEC)
     sums, slope_sums = zero_sums(SPEC)
-    last_sum = zero_octets(width(n - 1, SPEC), widest(n - 1, SPEC), narrowest(n - 1, SPEC))
+    last_sum = zero_octets(get(SPEC, "warps"), width(n - 1, SPEC), widest(n - 1, SPEC), narrowest(n - 1, SPEC))
     last_bias_sum = tl.zeros([BLOCK], tl.float32)
     while begin < end:
         if tl.load(data.offsets + sequence + 1) <= begin:  # empty
@@ -336,6 +337,14 @@ def _weights_kernel(
     target = grad_last_weight + program * width(n - 1, SPEC)
     store_octets(target, last_sum, width(n - 1, SPEC), widest(n - 1, SPEC), narrowest(n - 1, SPEC))
     tl.store(grad_last_bias + program, tl.sum(last_bias_sum))
+
+
+def _spec(unit: Any, data: Histories, net: NormalForm, launch: settings.Launch, with_scores: bool) -> Spec:
+    spec = specialize(unit, data, net, launch, with_scores)
+    widest_last, narrowest_last = spec.last_slab
+    if len(spec.hidden) > 2 or spec.activation == "leaky_relu":  # then products read the last layer's gradient
+        narrowest_last = max(narrowest_last, 16)
+    return replace(spec, warps=launch.num_warps, last_slab=(widest_last, narrowest_last))
 
 
 def backward(
@@ -373,7 +382,7 @@ def backward(
     grad_last_weight = zeros(weight_programs, net.hidden[-1])
     grad_last_bias = zeros(weight_programs, 1)
     if data.batch and total:
-        spec = specialize(unit, data, net, tokens, with_scores)
+        spec = _spec(unit, data, net, tokens, with_scores)
         part = torch.empty_like(grad_first, memory_format=torch.contiguous_format).new_empty(
             2 * token_programs, grad_first.shape[1]
         )
@@ -400,7 +409,7 @@ def backward(
             grad_slopes,
             grad_last_weight,
             grad_last_bias,
-            SPEC=specialize(unit, data, net, weights, with_scores),
+            SPEC=_spec(unit, data, net, weights, with_scores),
             num_warps=weights.num_warps,
         )
     weight_sums = [w.sum(0).t() for w in grad_weights]

@@ -65,6 +65,7 @@ class Spec:
     dim_slab: int  # widest slab of keys and values
     least_rows: int  # fewest rows worth a program
     stages: int
+    warps: int = 1  # that share a tile
 
 
 @triton.constexpr_function

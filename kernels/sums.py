@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .primitives import columns, dot, slab_count, slab_size
+from .primitives import columns, dot, slab_count, slab_size, slab_start
 
 
 @triton.jit
@@ -77,6 +77,31 @@ def column_sum(rows, acc, DTYPE: tl.constexpr, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def flat_slab(
+    j: tl.constexpr,
+    i: tl.constexpr,
+    ROWS: tl.constexpr,
+    ROW_WIDEST: tl.constexpr,
+    ROW_NARROWEST: tl.constexpr,
+    COLS: tl.constexpr,
+    COL_WIDEST: tl.constexpr,
+    COL_NARROWEST: tl.constexpr,
+):
+    """Of slab (j, i), flat: the places in a contiguous `[ROWS, COLS]`, and whether they lie inside."""
+    rows: tl.constexpr = slab_size(j, ROWS, ROW_WIDEST, ROW_NARROWEST)
+    cols: tl.constexpr = slab_size(i, COLS, COL_WIDEST, COL_NARROWEST)
+    index = tl.arange(0, rows * cols)
+    row = slab_start(j, ROWS, ROW_WIDEST, ROW_NARROWEST) + index // cols
+    column = slab_start(i, COLS, COL_WIDEST, COL_NARROWEST) + index % cols
+    return row * COLS + column, (row < ROWS) & (column < COLS)
+
+
+@triton.jit
+def flat(slab):
+    return tl.reshape(slab, [slab.shape[0] * slab.shape[1]])
+
+
+@triton.jit
 def add_matrix(
     pointer,
     slabs,
@@ -92,12 +117,11 @@ def add_matrix(
     COUNT: tl.constexpr = slab_count(COLS, COL_WIDEST, COL_NARROWEST)
     for j in tl.static_range(slab_count(ROWS, ROW_WIDEST, ROW_NARROWEST)):
         for i in tl.static_range(COUNT):
-            row = columns(j, ROWS, ROW_WIDEST, ROW_NARROWEST)[:, None]
-            column = columns(i, COLS, COL_WIDEST, COL_NARROWEST)[None, :]
-            inside = (row < ROWS) & (column < COLS)
-            target = pointer + row * COLS + column
-            before = tl.load(target, mask=inside & (fresh == 0), other=0.0)
-            tl.store(target, before + slabs[j * COUNT + i], mask=inside)
+            place, inside = flat_slab(
+                j, i, ROWS, ROW_WIDEST, ROW_NARROWEST, COLS, COL_WIDEST, COL_NARROWEST
+            )
+            before = tl.load(pointer + place, mask=inside & (fresh == 0), other=0.0)
+            tl.store(pointer + place, before + flat(slabs[j * COUNT + i]), mask=inside)
 
 
 @triton.jit
@@ -122,21 +146,26 @@ def outer_product(rows, cols):
 
 
 @triton.jit
-def zero_octets(WIDTH: tl.constexpr, WIDEST: tl.constexpr, NARROWEST: tl.constexpr):
+def zero_octets(WARPS: tl.constexpr, WIDTH: tl.constexpr, WIDEST: tl.constexpr, NARROWEST: tl.constexpr):
     slabs = ()
     for i in tl.static_range(slab_count(WIDTH, WIDEST, NARROWEST)):
-        slabs = slabs + (tl.zeros([8, slab_size(i, WIDTH, WIDEST, NARROWEST)], tl.float32),)
+        slabs = slabs + (tl.zeros([WARPS, 8, slab_size(i, WIDTH, WIDEST, NARROWEST)], tl.float32),)
     return slabs
 
 
 @triton.jit
+def add_octet(slab, acc, WARPS: tl.constexpr):
+    rows = tl.reshape(slab, [slab.shape[0] // (16 * WARPS), WARPS, 2, 8, slab.shape[1]])
+    return acc + tl.sum(tl.sum(rows, 2), 0)
+
+
+@triton.jit
 def add_octets(slabs, acc):
-    """Adds rows that lie eight apart, which stays within a thread where a program is one warp: `[tokens, size]`
-    to `[8, size]`, in full precision."""
+    """Adds in full precision the rows that a thread holds of the tiles `[tokens, size]`, where warps take turns at 16
+    rows: `[WARPS, 8, size]`."""
     out = ()
     for i in tl.static_range(len(slabs)):
-        rows = tl.reshape(slabs[i], [slabs[i].shape[0] // 8, 8, slabs[i].shape[1]])
-        out = out + (acc[i] + tl.sum(rows, 0),)
+        out = out + (add_octet(slabs[i], acc[i], acc[i].shape[0]),)
     return out
 
 
@@ -145,4 +174,4 @@ def store_octets(pointer, slabs, WIDTH: tl.constexpr, WIDEST: tl.constexpr, NARR
     """Their sum, to `pointer[:WIDTH]`."""
     for i in tl.static_range(slab_count(WIDTH, WIDEST, NARROWEST)):
         column = columns(i, WIDTH, WIDEST, NARROWEST)
-        tl.store(pointer + column, tl.sum(slabs[i], 0), mask=column < WIDTH)
+        tl.store(pointer + column, tl.sum(tl.sum(slabs[i], 0), 0), mask=column < WIDTH)
