@@ -18,7 +18,7 @@ from . import settings
 from .activation_unit import histories, specialize
 from .arguments import Histories, Spec, Upstream, depth, get, narrowest, widest, width
 from .mlp import first_layer, load_network, run_layers, score
-from .mlp_backward import load_back, run_layers_backward, times_weight
+from .mlp_backward import load_back, run_layers_backward, times_weight, with_fresh_vectors
 from .normal_form import NormalForm, backward_weights, gradients, normal_form
 from .primitives import (
     LN_2,
@@ -175,11 +175,12 @@ def _tokens_kernel(
             rest = (stop - start).to(tl.int32)
             valid = token < rest
             k, v = load_tile(data, row, rest, SPEC)
-            zs, hs, outputs = run_layers(k, first, layers, slopes, DTYPE, SPEC)
-            s = score(hs[len(hs) - 1], last)  # [BLOCK]
+            first_again, layers_again, last_again = with_fresh_vectors(net, owner, first, layers, last, rest, SPEC)
+            zs, hs, outputs = run_layers(k, first_again, layers_again, slopes, DTYPE, SPEC)
+            s = score(hs[len(hs) - 1], last_again)  # [BLOCK]
             a, ds = attend_backward(s, v, grads, upstream.grad_scores + row, rest, SPEC)
             _dhs, dzs = run_layers_backward(ds, zs, hs, outputs, back, slopes, SPEC)
-            dz = in_dtype(first_dz(dzs, last, SPEC), DTYPE)
+            dz = in_dtype(first_dz(dzs, last_again, SPEC), DTYPE)
             if get(SPEC, "separate_values"):
                 grad_v = spread(a, grads, zero_matrix(BLOCK, BLOCK, DV, SLAB), SPEC)
                 store_rows(grad_value + row * DV, grad_v, token, DV, valid, DV, SLAB)
@@ -309,13 +310,15 @@ def _weights_kernel(
             sequence = find_sequence(data.offsets, data.batch, begin)
         last_row = tl.load(data.offsets + sequence + 1)
         stop = tl.minimum(last_row, end)
-        _q, first, grads = load_sequence(data, net, upstream, sequence.to(tl.int64), SPEC)
+        owner = sequence.to(tl.int64)
+        _q, first, grads = load_sequence(data, net, upstream, owner, SPEC)
         row = begin.to(tl.int64)
         for start in tl.range(begin, stop, BLOCK, num_stages=get(SPEC, "stages")):
             rest = (stop - start).to(tl.int32)
             k, v = load_tile(data, row, rest, SPEC)
-            zs, hs, outputs = run_layers(k, first, layers, slopes, DTYPE, SPEC)
-            s = score(hs[n - 1], last)  # [BLOCK]
+            first_again, layers_again, last_again = with_fresh_vectors(net, owner, first, layers, last, rest, SPEC)
+            zs, hs, outputs = run_layers(k, first_again, layers_again, slopes, DTYPE, SPEC)
+            s = score(hs[n - 1], last_again)  # [BLOCK]
             _a, ds = attend_backward(s, v, grads, upstream.grad_scores + row, rest, SPEC)
             dhs, dzs = run_layers_backward(ds, zs, hs, outputs, back, slopes, SPEC)
             sums = add_layer_sums(sums, outputs, dzs, SPEC)

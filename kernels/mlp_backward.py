@@ -12,7 +12,22 @@ import triton
 import triton.language as tl
 
 from .arguments import depth, get, narrowest, widest, width
+from .mlp import load_units
 from .primitives import activate_backward, dot, load_matrix, times_tanh_slope
+
+
+@triton.jit
+def with_fresh_vectors(net, sequence, first, layers, last, rest, SPEC: tl.constexpr):
+    """The network with its vectors loaded again: held over all tiles of a sequence they would take registers that
+    a tile needs more. `rest`, the rows left, is positive, so that its sign, which is added to the addresses, is zero;
+    but the compiler does not know, and cannot load ahead of the loop."""
+    zero = (rest >> 31) * 16  # keeps them aligned
+    again = ()
+    for i in tl.static_range(len(layers)):
+        again = again + ((layers[i][0], load_units(net.biases[i] + zero, i + 1, SPEC)),)
+    first_bias = load_units(net.first_bias + sequence * width(0, SPEC) + zero, 0, SPEC)
+    last_weight = load_units(net.last_weight + zero, depth(SPEC) - 1, SPEC)
+    return (first[0], first_bias), again, (last_weight, last[1])
 
 
 @triton.jit
