@@ -347,7 +347,10 @@ def _spec(unit: Any, data: Histories, net: NormalForm, launch: settings.Launch, 
     widest_last, narrowest_last = spec.last_slab
     if len(spec.hidden) > 2 or spec.activation == "leaky_relu":  # then products read the last layer's gradient
         narrowest_last = max(narrowest_last, 16)
-    return replace(spec, warps=launch.num_warps, last_slab=(widest_last, narrowest_last))
+    precision = spec.precision
+    if precision == "ieee" and settings.splits(spec.dim, spec.hidden, data.key.device):
+        precision = "bf16x6"
+    return replace(spec, warps=launch.num_warps, last_slab=(widest_last, narrowest_last), precision=precision)
 
 
 def backward(

@@ -28,13 +28,13 @@ FORWARD = {
 
 BACKWARD_TOKENS = {
     "half": Launch(32, 2, 1, 16, (16, 16), 64, 512, 4),
-    "tf32": Launch(32, 4, 1, 64, (32, 16), 64, 512, 2),
-    "ieee": Launch(32, 4, 1, 64, (32, 16), 64, 512, 2),
+    "tf32": Launch(32, 2, 1, 16, (16, 16), 64, 512, 4),
+    "ieee": Launch(32, 2, 1, 16, (16, 16), 64, 512, 4),
 }
 BACKWARD_WEIGHTS = {
     "half": Launch(32, 2, 1, 64, (32, 8), 64, 512, 4),
-    "tf32": Launch(32, 4, 1, 64, (32, 16), 64, 512, 2),
-    "ieee": Launch(32, 4, 1, 64, (32, 16), 64, 512, 2),
+    "tf32": Launch(32, 2, 1, 64, (32, 8), 64, 512, 4),
+    "ieee": Launch(32, 2, 1, 64, (32, 8), 64, 512, 4),
 }
 
 
@@ -43,6 +43,19 @@ def precision(dtype: torch.dtype) -> str:
     if dtype in (torch.float16, torch.bfloat16):
         return "half"
     return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+
+
+def splits(dim: int, hidden: tuple[int, ...], device: torch.device) -> bool:
+    """Whether backward makes its float32 products of six bfloat16 ones each, exact but for the last bits, which takes
+    three bfloat16 parts of all weights, in two layouts, and of a tile's keys and gradients in shared memory."""
+    if torch.version.hip is not None:
+        return False
+    weights = dim * hidden[0] + sum(m * n for m, n in zip(hidden, hidden[1:], strict=False))
+    needed = 12 * weights + 32 * (12 * dim + 6 * hidden[0])
+    available = 160 << 10
+    if device.type == "cuda":
+        available = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    return needed <= available
 
 
 def programs(launch: Launch, rows: int, device: torch.device) -> int:
