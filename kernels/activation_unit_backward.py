@@ -342,15 +342,19 @@ def _weights_kernel(
     tl.store(grad_last_bias + program, tl.sum(last_bias_sum))
 
 
-def _spec(unit: Any, data: Histories, net: NormalForm, launch: settings.Launch, with_scores: bool) -> Spec:
+def _spec(
+    unit: Any, data: Histories, net: NormalForm, launch: settings.Launch, with_scores: bool, split: str | None
+) -> Spec:
     spec = specialize(unit, data, net, launch, with_scores)
     widest_last, narrowest_last = spec.last_slab
     if len(spec.hidden) > 2 or spec.activation == "leaky_relu":  # then products read the last layer's gradient
         narrowest_last = max(narrowest_last, 16)
-    precision = spec.precision
-    if precision == "ieee" and settings.splits(spec.dim, spec.hidden, data.key.device):
-        precision = "bf16x6"
-    return replace(spec, warps=launch.num_warps, last_slab=(widest_last, narrowest_last), precision=precision)
+    return replace(
+        spec,
+        warps=launch.num_warps,
+        last_slab=(widest_last, narrowest_last),
+        precision=split or spec.precision,
+    )
 
 
 def backward(
@@ -373,7 +377,9 @@ def backward(
         backward_weights(unit, net),
         net.network.product.t().contiguous(),
     )
-    tokens, weights = settings.BACKWARD_TOKENS[net.precision], settings.BACKWARD_WEIGHTS[net.precision]
+    split = net.precision == "ieee" and settings.can_split(dim, net.hidden, data.key.device)
+    row = "split" if split else net.precision
+    tokens, weights = settings.BACKWARD_TOKENS[row], settings.BACKWARD_WEIGHTS[row]
     token_programs = settings.programs(tokens, total, data.key.device)
     weight_programs = settings.programs(weights, total, data.key.device)
     with_scores = grad_scores is not None
@@ -388,7 +394,7 @@ def backward(
     grad_last_weight = zeros(weight_programs, net.hidden[-1])
     grad_last_bias = zeros(weight_programs, 1)
     if data.batch and total:
-        spec = _spec(unit, data, net, tokens, with_scores)
+        spec = _spec(unit, data, net, tokens, with_scores, settings.SPLIT_TOKENS if split else None)
         part = torch.empty_like(grad_first, memory_format=torch.contiguous_format).new_empty(
             2 * token_programs, grad_first.shape[1]
         )
@@ -415,7 +421,7 @@ def backward(
             grad_slopes,
             grad_last_weight,
             grad_last_bias,
-            SPEC=_spec(unit, data, net, weights, with_scores),
+            SPEC=_spec(unit, data, net, weights, with_scores, settings.SPLIT_WEIGHTS if split else None),
             num_warps=weights.num_warps,
         )
     weight_sums = [w.sum(0).t() for w in grad_weights]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import triton
 
 
 class Launch(NamedTuple):
@@ -26,16 +27,20 @@ FORWARD = {
     "ieee": Launch(16, 2, 1, 16, (32, 8), 64, 256, 4),
 }
 
+# "split" is "ieee" where products of float32 are made of several narrower ones.
 BACKWARD_TOKENS = {
     "half": Launch(32, 2, 1, 16, (16, 16), 64, 512, 4),
     "tf32": Launch(32, 2, 1, 16, (16, 16), 64, 512, 4),
-    "ieee": Launch(32, 2, 1, 16, (16, 16), 64, 512, 4),
+    "ieee": Launch(32, 4, 1, 64, (32, 16), 64, 512, 2),
+    "split": Launch(32, 2, 1, 16, (16, 16), 64, 512, 4),
 }
 BACKWARD_WEIGHTS = {
     "half": Launch(32, 2, 1, 64, (32, 8), 64, 512, 4),
     "tf32": Launch(32, 2, 1, 64, (32, 8), 64, 512, 4),
     "ieee": Launch(32, 2, 1, 64, (32, 8), 64, 512, 4),
+    "split": Launch(32, 2, 1, 64, (32, 8), 64, 512, 4),
 }
+SPLIT_TOKENS, SPLIT_WEIGHTS = "bf16x6", "tf32x3"  # as tl.dot knows them
 
 
 def precision(dtype: torch.dtype) -> str:
@@ -45,10 +50,10 @@ def precision(dtype: torch.dtype) -> str:
     return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 
-def splits(dim: int, hidden: tuple[int, ...], device: torch.device) -> bool:
-    """Whether backward makes its float32 products of six bfloat16 ones each, exact but for the last bits, which takes
-    three bfloat16 parts of all weights, in two layouts, and of a tile's keys and gradients in shared memory."""
-    if torch.version.hip is not None:
+def can_split(dim: int, hidden: tuple[int, ...], device: torch.device) -> bool:
+    """Whether backward can make its float32 products of several narrower ones each, exact but for the last bits. Shared
+    memory has to hold three bfloat16 parts of all weights, in two layouts, and of a tile's keys and gradients."""
+    if torch.version.hip is not None or triton.knobs.runtime.interpret:
         return False
     weights = dim * hidden[0] + sum(m * n for m, n in zip(hidden, hidden[1:], strict=False))
     needed = 12 * weights + 32 * (12 * dim + 6 * hidden[0])
