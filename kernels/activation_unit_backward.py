@@ -1,7 +1,7 @@
 """activation_unit backward: a kernel for the gradients of the tokens, one for those of the weights.
 
-Both compute the scores again. Given the log-sum-exp of a sequence its tokens are independent, so nothing passes
-from tile to tile but sums. Weight gradients are summed per program, then over programs in a fixed order.
+Both compute the scores again. Given the log-sum-exp of a sequence its tokens are independent, so nothing
+passes from tile to tile but sums. Weight gradients are summed per program, then over programs in order.
 """
 
 from __future__ import annotations
@@ -16,116 +16,19 @@ from torch import Tensor
 
 from . import settings
 from .activation_unit import histories, specialize
-from .arguments import Histories, Spec, Upstream, depth, get, narrowest, widest, width
-from .mlp import first_layer, load_network, run_layers, score
-from .mlp_backward import load_back, run_layers_backward, times_weight, with_fresh_vectors
+from .activation_unit_weights import weights_kernel
+from .arguments import Histories, Spec, Upstream, get, widest, width
+from .attend_backward import attend_backward, load_sequence, load_tile, spread
+from .mlp import load_network, run_layers, score
+from .mlp_backward import first_dz, load_back, run_layers_backward, times_weight, with_fresh_vectors
 from .normal_form import NormalForm, backward_weights, gradients, normal_form
-from .primitives import (
-    LN_2,
-    LOG2_E,
-    columns,
-    dot,
-    exp2,
-    load_matrix,
-    load_rows,
-    load_vector,
-    slab_count,
-    store_rows,
-)
+from .primitives import columns, load_matrix, slab_count, store_rows
 from .schedule import find_sequence, merge, rows_per_program, slot_of
-from .sums import (
-    add_matrix,
-    add_octets,
-    column_sum,
-    load_padded,
-    outer_product,
-    outer_sum,
-    store_column,
-    store_octets,
-    zero_matrix,
-    zero_octets,
-)
+from .sums import add_matrix, column_sum, in_dtype, outer_sum, store_column, zero_matrix
 
 
 @triton.jit
-def load_sequence(data, net, upstream, sequence, SPEC: tl.constexpr):
-    """What all tiles of a sequence share: its query, its first layer, and dL/dout, Σ a dL/da, log2-sum-exp2."""
-    q = load_vector(data.query + sequence * data.query_stride, get(SPEC, "dim"), get(SPEC, "dim_slab"))
-    first = first_layer(net, q, sequence, SPEC)
-    DV: tl.constexpr = get(SPEC, "value_dim")
-    grad_out = upstream.grad_out + sequence * DV
-    across = load_padded(grad_out, DV, get(SPEC, "dim_slab"), 8, False)  # [DV, 8]
-    along = load_padded(grad_out, DV, get(SPEC, "dim_slab"), 16, True)  # [16, DV]
-    delta = tl.load(upstream.delta + sequence) * LN_2
-    log_mass = tl.load(upstream.lse + sequence) * LOG2_E
-    return q, first, (across, along, delta, log_mass)
-
-
-@triton.jit
-def load_tile(data, row, rest, SPEC: tl.constexpr):
-    """The keys and values of a tile that begins at `row`, of which `rest` rows are left."""
-    token = tl.arange(0, get(SPEC, "block"))
-    valid = token < rest
-    key, value = data.key + row * get(SPEC, "key_stride"), data.value + row * get(SPEC, "value_stride")
-    k = load_rows(key, token, get(SPEC, "key_stride"), valid, get(SPEC, "dim"), get(SPEC, "dim_slab"))
-    if get(SPEC, "separate_values"):
-        return k, load_rows(value, token, get(SPEC, "value_stride"), valid, get(SPEC, "value_dim"), get(SPEC, "dim_slab"))
-    else:
-        return k, k
-
-
-@triton.jit
-def attend_backward(s, v, grads, grad_scores, rest, SPEC: tl.constexpr):
-    """The attention a and dL/ds, `[tokens]`, from the scores s; both zero past the end of the sequence."""
-    across, _along, delta, log_mass = grads
-    token = tl.arange(0, get(SPEC, "block"))
-    valid = token < rest
-    products = tl.zeros([get(SPEC, "block"), 8], tl.float32)
-    for i in tl.static_range(len(v)):
-        products = dot(v[i], across[i], products, get(SPEC, "precision"))
-    grad = tl.sum(products, 1)
-    if get(SPEC, "with_scores"):
-        grad += tl.load(grad_scores + token, mask=valid, other=0.0).to(tl.float32)
-    if get(SPEC, "softmax"):
-        a = exp2(tl.where(valid, s - log_mass, float("-inf")), get(SPEC, "approx"))
-        return a, a * (grad * LN_2 - delta)
-    else:
-        return tl.where(valid, s, 0.0), tl.where(valid, grad, 0.0)
-
-
-@triton.jit
-def spread(a, grads, acc, SPEC: tl.constexpr):
-    """`acc + a·dL/dout`, `[tokens, DV]`: what the pooling passes to its values."""
-    along = grads[1]
-    out = ()
-    for i in tl.static_range(len(along)):
-        rows = tl.broadcast_to(a.to(along[i].dtype)[:, None], [a.shape[0], 16])
-        out = out + (dot(rows, along[i], acc[i], get(SPEC, "precision")),)
-    return out
-
-
-@triton.jit
-def first_dz(dzs, last, SPEC: tl.constexpr):
-    """dL/dz of the first hidden layer."""
-    if depth(SPEC) > 1:
-        return dzs[len(dzs) - 1]
-    else:
-        out = ()
-        for j in tl.static_range(len(dzs[0])):
-            out = out + (dzs[0][j] * last[0][j][None, :],)
-        return out
-
-
-@triton.jit
-def in_dtype(slabs, DTYPE: tl.constexpr):
-    out = ()
-    for i in tl.static_range(len(slabs)):
-        out = out + (slabs[i].to(DTYPE),)
-    return out
-
-
-@triton.jit
-def _tokens_kernel(
+def tokens_kernel(
     data,
     net,
     upstream,
@@ -175,12 +78,12 @@ def _tokens_kernel(
             rest = (stop - start).to(tl.int32)
             valid = token < rest
             k, v = load_tile(data, row, rest, SPEC)
-            first_again, layers_again, last_again = with_fresh_vectors(net, owner, first, layers, last, rest, SPEC)
-            zs, hs, outputs = run_layers(k, first_again, layers_again, slopes, DTYPE, SPEC)
-            s = score(hs[len(hs) - 1], last_again)  # [BLOCK]
+            again = with_fresh_vectors(net, owner, first, layers, last, rest, SPEC)
+            zs, hs, outputs = run_layers(k, again[0], again[1], slopes, DTYPE, SPEC)
+            s = score(hs[len(hs) - 1], again[2])  # [BLOCK]
             a, ds = attend_backward(s, v, grads, upstream.grad_scores + row, rest, SPEC)
             _dhs, dzs = run_layers_backward(ds, zs, hs, outputs, back, slopes, SPEC)
-            dz = in_dtype(first_dz(dzs, last_again, SPEC), DTYPE)
+            dz = in_dtype(first_dz(dzs, again[2], SPEC), DTYPE)
             if get(SPEC, "separate_values"):
                 grad_v = spread(a, grads, zero_matrix(BLOCK, BLOCK, DV, SLAB), SPEC)
                 store_rows(grad_value + row * DV, grad_v, token, DV, valid, DV, SLAB)
@@ -214,140 +117,13 @@ def _tokens_kernel(
         sequence += 1
 
 
-@triton.jit
-def zero_sums(SPEC: tl.constexpr):
-    """Per hidden layer after the first, sums for its weight, transposed, and its bias; per hidden layer, for its
-    slopes."""
-    sums = ()
-    for i in tl.static_range(1, depth(SPEC)):
-        weight = zero_matrix(
-            width(i - 1, SPEC), get(SPEC, "slab"), width(i, SPEC), widest(i, SPEC), 16, narrowest(i, SPEC)
-        )
-        sums = sums + ((weight, zero_octets(get(SPEC, "warps"), width(i, SPEC), widest(i, SPEC), narrowest(i, SPEC))),)
-    slope_sums = ()
-    for i in tl.static_range(depth(SPEC)):
-        if get(SPEC, "activation") == "leaky_relu":
-            slope_sums = slope_sums + (zero_octets(get(SPEC, "warps"), width(i, SPEC), widest(i, SPEC), narrowest(i, SPEC)),)
-        else:
-            slope_sums = slope_sums + ((),)
-    return sums, slope_sums
-
-
-@triton.jit
-def store_matrix_of(pointer, slabs, LAYER: tl.constexpr, SPEC: tl.constexpr):
-    inputs: tl.constexpr = width(LAYER - 1, SPEC)
-    outputs: tl.constexpr = width(LAYER, SPEC)
-    slab: tl.constexpr = get(SPEC, "slab")
-    add_matrix(pointer, slabs, 1, inputs, slab, outputs, widest(LAYER, SPEC), 16, narrowest(LAYER, SPEC))
-
-
-@triton.jit
-def add_layer_sums(sums, outputs, dzs, SPEC: tl.constexpr):
-    out = ()
-    for i in tl.static_range(len(sums)):
-        weight, bias = sums[i]
-        dz = dzs[len(sums) - 1 - i]  # of hidden layer i + 1; dzs begins with the last
-        weight = outer_sum(outputs[i], in_dtype(dz, outputs[i][0].dtype), weight, get(SPEC, "precision"))
-        out = out + ((weight, add_octets(dz, bias)),)
-    return out
-
-
-@triton.jit
-def add_slope_sums(slope_sums, zs, dhs, SPEC: tl.constexpr):
-    """Σ_t dL/dh·min(z, 0), as a row. Rare enough for a plain reduction."""
-    out = ()
-    for i in tl.static_range(len(slope_sums)):
-        layer = ()
-        for j in tl.static_range(len(slope_sums[i])):
-            if i == len(slope_sums) - 1:
-                layer = layer + (dhs[0][:, None] * tl.minimum(zs[i][j], 0.0),)
-            else:
-                layer = layer + (dhs[len(slope_sums) - 1 - i][j] * tl.minimum(zs[i][j], 0.0),)
-        out = out + (add_octets(layer, slope_sums[i]),)
-    return out
-
-
-@triton.jit
-def times_rows(rows, slabs):
-    out = ()
-    for i in tl.static_range(len(slabs)):
-        out = out + (rows[:, None] * slabs[i],)
-    return out
-
-
-@triton.jit
-def _weights_kernel(
-    data,
-    net,
-    upstream,
-    grad_weights,
-    grad_biases,
-    grad_slopes,
-    grad_last_weight,
-    grad_last_bias,
-    SPEC: tl.constexpr,
-):
-    """The gradients of the layers behind the first, and of all slopes, per program."""
-    BLOCK: tl.constexpr = get(SPEC, "block")
-    PRECISION: tl.constexpr = get(SPEC, "precision")
-    DTYPE: tl.constexpr = net.key.dtype.element_ty
-    n: tl.constexpr = depth(SPEC)
-    program = tl.program_id(0)
-    total = tl.load(data.offsets + data.batch)
-    share = rows_per_program(total, tl.num_programs(0), get(SPEC, "least_rows"))
-    begin = tl.minimum(program.to(tl.int64) * share, total).to(total.dtype)
-    end = tl.minimum(begin + share, total)
-    if begin >= end:
-        return
-    sequence = find_sequence(data.offsets, data.batch, begin)
-    layers, slopes, last = load_network(net, SPEC)
-    back = load_back(upstream.back, 0 if get(SPEC, "activation") == "leaky_relu" else 1, SPEC)
-    sums, slope_sums = zero_sums(SPEC)
-    last_sum = zero_octets(get(SPEC, "warps"), width(n - 1, SPEC), widest(n - 1, SPEC), narrowest(n - 1, SPEC))
-    last_bias_sum = tl.zeros([BLOCK], tl.float32)
-    while begin < end:
-        if tl.load(data.offsets + sequence + 1) <= begin:  # empty
-            sequence = find_sequence(data.offsets, data.batch, begin)
-        last_row = tl.load(data.offsets + sequence + 1)
-        stop = tl.minimum(last_row, end)
-        owner = sequence.to(tl.int64)
-        _q, first, grads = load_sequence(data, net, upstream, owner, SPEC)
-        row = begin.to(tl.int64)
-        for start in tl.range(begin, stop, BLOCK, num_stages=get(SPEC, "stages")):
-            rest = (stop - start).to(tl.int32)
-            k, v = load_tile(data, row, rest, SPEC)
-            first_again, layers_again, last_again = with_fresh_vectors(net, owner, first, layers, last, rest, SPEC)
-            zs, hs, outputs = run_layers(k, first_again, layers_again, slopes, DTYPE, SPEC)
-            s = score(hs[n - 1], last_again)  # [BLOCK]
-            _a, ds = attend_backward(s, v, grads, upstream.grad_scores + row, rest, SPEC)
-            dhs, dzs = run_layers_backward(ds, zs, hs, outputs, back, slopes, SPEC)
-            sums = add_layer_sums(sums, outputs, dzs, SPEC)
-            slope_sums = add_slope_sums(slope_sums, zs, dhs, SPEC)
-            last_sum = add_octets(times_rows(ds, hs[n - 1]), last_sum)
-            last_bias_sum += ds
-            row += BLOCK
-        begin = stop
-        sequence += 1
-    for i in tl.static_range(1, n):
-        target = grad_weights[i - 1] + program.to(tl.int64) * (width(i, SPEC) * width(i - 1, SPEC))
-        store_matrix_of(target, sums[i - 1][0], i, SPEC)
-        target = grad_biases[i - 1] + program * width(i, SPEC)
-        store_octets(target, sums[i - 1][1], width(i, SPEC), widest(i, SPEC), narrowest(i, SPEC))
-    if get(SPEC, "activation") == "leaky_relu":
-        for i in tl.static_range(n):
-            target = grad_slopes[i] + program * width(i, SPEC)
-            store_octets(target, slope_sums[i], width(i, SPEC), widest(i, SPEC), narrowest(i, SPEC))
-    target = grad_last_weight + program * width(n - 1, SPEC)
-    store_octets(target, last_sum, width(n - 1, SPEC), widest(n - 1, SPEC), narrowest(n - 1, SPEC))
-    tl.store(grad_last_bias + program, tl.sum(last_bias_sum))
-
-
 def _spec(
     unit: Any, data: Histories, net: NormalForm, launch: settings.Launch, with_scores: bool, split: str | None
 ) -> Spec:
     spec = specialize(unit, data, net, launch, with_scores)
     widest_last, narrowest_last = spec.last_slab
-    if len(spec.hidden) > 2 or spec.activation == "leaky_relu":  # then products read the last layer's gradient
+    # A product that reads the gradient of the last layer needs 16 columns of it.
+    if len(spec.hidden) > 2 or spec.activation == "leaky_relu":
         narrowest_last = max(narrowest_last, 16)
     return replace(
         spec,
@@ -398,7 +174,7 @@ def backward(
         part = torch.empty_like(grad_first, memory_format=torch.contiguous_format).new_empty(
             2 * token_programs, grad_first.shape[1]
         )
-        _tokens_kernel[(token_programs,)](
+        tokens_kernel[(token_programs,)](
             data,
             net.network,
             upstream,
@@ -412,7 +188,7 @@ def backward(
             num_warps=tokens.num_warps,
         )
         merge(part, None, data.offsets, grad_first, lse, token_programs, tokens.least_rows)
-        _weights_kernel[(weight_programs,)](
+        weights_kernel[(weight_programs,)](
             data,
             net.network,
             upstream,

@@ -8,7 +8,6 @@ import triton.language as tl
 from .arguments import depth, get, narrowest, widest, width
 from .primitives import (
     activate,
-    columns,
     dot,
     load_matrix,
     load_vector,

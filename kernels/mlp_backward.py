@@ -1,9 +1,9 @@
 """The way back through the scoring MLP on tiles of tokens.
 
-The weights that gradients are multiplied by are not those of the way forward: the weight of the layer behind the
-last hidden one is a vector w, and instead of dL/dz = w·e the last hidden layer has e, its w multiplied into the
-matrix that reads e, and into the sums over tokens of e. Where a kernel computes tanh, the matrix has the sign of
-tanh' = -(h² - 1) too.
+The weights that gradients are multiplied by are not those of the way forward. The weight of the layer
+behind the last hidden one is a vector w; instead of dL/dz = w·e the last hidden layer has e, and w goes into
+the matrix that reads e, and into the sums of e over tokens. Where a kernel computes tanh, the matrices have
+the sign of tanh' = -(h² - 1) too.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from .primitives import activate_backward, dot, load_matrix, times_tanh_slope
 
 @triton.jit
 def with_fresh_vectors(net, sequence, first, layers, last, rest, SPEC: tl.constexpr):
-    """The network with its vectors loaded again: held over all tiles of a sequence they would take registers that
-    a tile needs more. `rest`, the rows left, is positive, so that its sign, which is added to the addresses, is zero;
-    but the compiler does not know, and cannot load ahead of the loop."""
+    """`(first, layers, last)` with their vectors loaded again: held over all tiles of a sequence they would
+    take registers that a tile needs more. `rest`, the rows left, is positive, so that its sign, which is added
+    to the addresses, is zero; but the compiler does not know, and cannot load ahead of the loop."""
     zero = (rest >> 31) * 16  # keeps them aligned
     again = ()
     for i in tl.static_range(len(layers)):
@@ -96,8 +96,8 @@ def units_backward(dh, zs, hs, outputs, slopes, SPEC: tl.constexpr):
 
 @triton.jit
 def run_layers_backward(ds, zs, hs, outputs, back, slopes, SPEC: tl.constexpr):
-    """Of each hidden layer dL/dh and dL/dz, the last layer first, as far as `back` leads; of the last hidden layer
-    ds for the former and e for the latter."""
+    """Of each hidden layer dL/dh and dL/dz, the last layer first, as far as `back` leads; of the last hidden
+    layer ds for the former and e for the latter."""
     n: tl.constexpr = depth(SPEC) - 1
     dhs = (ds,)
     dzs = (last_units_backward(ds, zs[n], hs[n], slopes[n], SPEC),)
@@ -110,3 +110,15 @@ def run_layers_backward(ds, zs, hs, outputs, back, slopes, SPEC: tl.constexpr):
         dz = units_backward(dh, zs[n - 1 - i], hs[n - 1 - i], outputs[n - 1 - i], slopes[n - 1 - i], SPEC)
         dzs = dzs + (dz,)
     return dhs, dzs
+
+
+@triton.jit
+def first_dz(dzs, last, SPEC: tl.constexpr):
+    """dL/dz of the first hidden layer."""
+    if depth(SPEC) > 1:
+        return dzs[len(dzs) - 1]
+    else:
+        out = ()
+        for j in tl.static_range(len(dzs[0])):
+            out = out + (dzs[0][j] * last[0][j][None, :],)
+        return out

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -51,11 +52,12 @@ def precision(dtype: torch.dtype) -> str:
 
 
 def can_split(dim: int, hidden: tuple[int, ...], device: torch.device) -> bool:
-    """Whether backward can make its float32 products of several narrower ones each, exact but for the last bits. Shared
-    memory has to hold three bfloat16 parts of all weights, in two layouts, and of a tile's keys and gradients."""
+    """Whether backward can make its float32 products of several narrower ones each, exact but for the last
+    bits. Shared memory has to hold three bfloat16 parts of all weights, in two layouts, and of a tile's keys and
+    gradients."""
     if torch.version.hip is not None or triton.knobs.runtime.interpret:
         return False
-    weights = dim * hidden[0] + sum(m * n for m, n in zip(hidden, hidden[1:], strict=False))
+    weights = dim * hidden[0] + sum(m * n for m, n in pairwise(hidden))
     needed = 12 * weights + 32 * (12 * dim + 6 * hidden[0])
     available = 160 << 10
     if device.type == "cuda":

@@ -38,24 +38,38 @@ def zero_matrix(
     slabs = ()
     for j in tl.static_range(slab_count(ROWS, ROW_WIDEST, ROW_NARROWEST)):
         for i in tl.static_range(slab_count(COLS, COL_WIDEST, COL_NARROWEST)):
-            slabs = slabs + (zero_tile(j, i, ROWS, ROW_WIDEST, ROW_NARROWEST, COLS, COL_WIDEST, COL_NARROWEST),)
+            slabs = slabs + (
+                zero_tile(j, i, ROWS, ROW_WIDEST, ROW_NARROWEST, COLS, COL_WIDEST, COL_NARROWEST),
+            )
     return slabs
 
 
 @triton.jit
 def load_padded(pointer, WIDTH: tl.constexpr, WIDEST: tl.constexpr, COUNT: tl.constexpr, ALONG: tl.constexpr):
-    """`[WIDTH]` as the first of COUNT rows `[COUNT, size]`, or of columns `[size, COUNT]`, the others zero."""
+    """`[WIDTH]` as the first of COUNT rows `[COUNT, size]` or columns `[size, COUNT]`, the others zero."""
     slabs = ()
     for i in tl.static_range(slab_count(WIDTH, WIDEST)):
         column = columns(i, WIDTH, WIDEST)
         other = tl.arange(0, COUNT)
         if ALONG:
             inside = (other == 0)[:, None] & (column < WIDTH)[None, :]
-            slabs = slabs + (tl.load(pointer + (other * 0)[:, None] + column[None, :], mask=inside, other=0.0),)
+            slabs = slabs + (
+                tl.load(pointer + (other * 0)[:, None] + column[None, :], mask=inside, other=0.0),
+            )
         else:
             inside = (column < WIDTH)[:, None] & (other == 0)[None, :]
-            slabs = slabs + (tl.load(pointer + column[:, None] + (other * 0)[None, :], mask=inside, other=0.0),)
+            slabs = slabs + (
+                tl.load(pointer + column[:, None] + (other * 0)[None, :], mask=inside, other=0.0),
+            )
     return slabs
+
+
+@triton.jit
+def in_dtype(slabs, DTYPE: tl.constexpr):
+    out = ()
+    for i in tl.static_range(len(slabs)):
+        out = out + (slabs[i].to(DTYPE),)
+    return out
 
 
 @triton.jit
@@ -117,29 +131,20 @@ def add_matrix(
     COUNT: tl.constexpr = slab_count(COLS, COL_WIDEST, COL_NARROWEST)
     for j in tl.static_range(slab_count(ROWS, ROW_WIDEST, ROW_NARROWEST)):
         for i in tl.static_range(COUNT):
-            place, inside = flat_slab(
-                j, i, ROWS, ROW_WIDEST, ROW_NARROWEST, COLS, COL_WIDEST, COL_NARROWEST
-            )
+            place, inside = flat_slab(j, i, ROWS, ROW_WIDEST, ROW_NARROWEST, COLS, COL_WIDEST, COL_NARROWEST)
             before = tl.load(pointer + place, mask=inside & (fresh == 0), other=0.0)
             tl.store(pointer + place, before + flat(slabs[j * COUNT + i]), mask=inside)
 
 
 @triton.jit
-def store_column(pointer, slabs, ROWS: tl.constexpr, ROW_WIDEST: tl.constexpr, ROW_NARROWEST: tl.constexpr = 16):
+def store_column(
+    pointer, slabs, ROWS: tl.constexpr, ROW_WIDEST: tl.constexpr, ROW_NARROWEST: tl.constexpr = 16
+):
     """The first of the equal columns that column_sum makes."""
     for j in tl.static_range(slab_count(ROWS, ROW_WIDEST, ROW_NARROWEST)):
         row = columns(j, ROWS, ROW_WIDEST, ROW_NARROWEST)[:, None]
         column = tl.arange(0, slabs[j].shape[1])[None, :]
         tl.store(pointer + row + column * 0, slabs[j], mask=(column == 0) & (row < ROWS))
-
-
-@triton.jit
-def outer_product(rows, cols):
-    """Slabs `[tokens, size]` of rows_t·cols."""
-    out = ()
-    for i in tl.static_range(len(cols)):
-        out = out + (rows[:, None] * cols[i].to(tl.float32)[None, :],)
-    return out
 
 
 # ------------------------------------------------------------------------------------------------ eight rows
@@ -161,8 +166,8 @@ def add_octet(slab, acc, WARPS: tl.constexpr):
 
 @triton.jit
 def add_octets(slabs, acc):
-    """Adds in full precision the rows that a thread holds of the tiles `[tokens, size]`, where warps take turns at 16
-    rows: `[WARPS, 8, size]`."""
+    """Adds in full precision the rows that a thread holds of tiles `[tokens, size]`, where warps take turns
+    at 16 rows: `[WARPS, 8, size]`."""
     out = ()
     for i in tl.static_range(len(slabs)):
         out = out + (add_octet(slabs[i], acc[i], acc[i].shape[0]),)

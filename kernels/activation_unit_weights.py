@@ -1,0 +1,146 @@
+"""activation_unit backward, the kernel of the weights behind the first layer and of all slopes."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .arguments import depth, get, narrowest, widest, width
+from .attend_backward import attend_backward, load_sequence, load_tile
+from .mlp import load_network, run_layers, score
+from .mlp_backward import load_back, run_layers_backward, with_fresh_vectors
+from .schedule import find_sequence, rows_per_program
+from .sums import add_matrix, add_octets, in_dtype, outer_sum, store_octets, zero_matrix, zero_octets
+
+
+@triton.jit
+def zero_sums(SPEC: tl.constexpr):
+    """Per hidden layer after the first, sums for its transposed weight and its bias; per hidden layer,
+    for its slopes."""
+    sums = ()
+    for i in tl.static_range(1, depth(SPEC)):
+        weight = zero_matrix(
+            width(i - 1, SPEC), get(SPEC, "slab"), width(i, SPEC), widest(i, SPEC), 16, narrowest(i, SPEC)
+        )
+        sums = sums + (
+            (weight, zero_octets(get(SPEC, "warps"), width(i, SPEC), widest(i, SPEC), narrowest(i, SPEC))),
+        )
+    slope_sums = ()
+    for i in tl.static_range(depth(SPEC)):
+        if get(SPEC, "activation") == "leaky_relu":
+            slope_sums = slope_sums + (
+                zero_octets(get(SPEC, "warps"), width(i, SPEC), widest(i, SPEC), narrowest(i, SPEC)),
+            )
+        else:
+            slope_sums = slope_sums + ((),)
+    return sums, slope_sums
+
+
+@triton.jit
+def store_matrix_of(pointer, slabs, LAYER: tl.constexpr, SPEC: tl.constexpr):
+    inputs: tl.constexpr = width(LAYER - 1, SPEC)
+    outputs: tl.constexpr = width(LAYER, SPEC)
+    slab: tl.constexpr = get(SPEC, "slab")
+    add_matrix(pointer, slabs, 1, inputs, slab, outputs, widest(LAYER, SPEC), 16, narrowest(LAYER, SPEC))
+
+
+@triton.jit
+def add_layer_sums(sums, outputs, dzs, SPEC: tl.constexpr):
+    out = ()
+    for i in tl.static_range(len(sums)):
+        weight, bias = sums[i]
+        dz = dzs[len(sums) - 1 - i]  # of hidden layer i + 1; dzs begins with the last
+        weight = outer_sum(outputs[i], in_dtype(dz, outputs[i][0].dtype), weight, get(SPEC, "precision"))
+        out = out + ((weight, add_octets(dz, bias)),)
+    return out
+
+
+@triton.jit
+def add_slope_sums(slope_sums, zs, dhs):
+    """Of dL/dh·min(z, 0); of the last layer dhs has dL/ds, as its e stands for dL/dz."""
+    out = ()
+    for i in tl.static_range(len(slope_sums)):
+        layer = ()
+        for j in tl.static_range(len(slope_sums[i])):
+            if i == len(slope_sums) - 1:
+                layer = layer + (dhs[0][:, None] * tl.minimum(zs[i][j], 0.0),)
+            else:
+                layer = layer + (dhs[len(slope_sums) - 1 - i][j] * tl.minimum(zs[i][j], 0.0),)
+        out = out + (add_octets(layer, slope_sums[i]),)
+    return out
+
+
+@triton.jit
+def times_rows(rows, slabs):
+    out = ()
+    for i in tl.static_range(len(slabs)):
+        out = out + (rows[:, None] * slabs[i],)
+    return out
+
+
+@triton.jit
+def weights_kernel(
+    data,
+    net,
+    upstream,
+    grad_weights,
+    grad_biases,
+    grad_slopes,
+    grad_last_weight,
+    grad_last_bias,
+    SPEC: tl.constexpr,
+):
+    """The gradients of the layers behind the first, and of all slopes, per program."""
+    BLOCK: tl.constexpr = get(SPEC, "block")
+    DTYPE: tl.constexpr = net.key.dtype.element_ty
+    n: tl.constexpr = depth(SPEC)
+    program = tl.program_id(0)
+    total = tl.load(data.offsets + data.batch)
+    share = rows_per_program(total, tl.num_programs(0), get(SPEC, "least_rows"))
+    begin = tl.minimum(program.to(tl.int64) * share, total).to(total.dtype)
+    end = tl.minimum(begin + share, total)
+    if begin >= end:
+        return
+    sequence = find_sequence(data.offsets, data.batch, begin)
+    layers, slopes, last = load_network(net, SPEC)
+    back = load_back(upstream.back, 0 if get(SPEC, "activation") == "leaky_relu" else 1, SPEC)
+    sums, slope_sums = zero_sums(SPEC)
+    last_sum = zero_octets(
+        get(SPEC, "warps"), width(n - 1, SPEC), widest(n - 1, SPEC), narrowest(n - 1, SPEC)
+    )
+    last_bias_sum = tl.zeros([BLOCK], tl.float32)
+    while begin < end:
+        if tl.load(data.offsets + sequence + 1) <= begin:  # empty
+            sequence = find_sequence(data.offsets, data.batch, begin)
+        last_row = tl.load(data.offsets + sequence + 1)
+        stop = tl.minimum(last_row, end)
+        owner = sequence.to(tl.int64)
+        _q, first, grads = load_sequence(data, net, upstream, owner, SPEC)
+        row = begin.to(tl.int64)
+        for start in tl.range(begin, stop, BLOCK, num_stages=get(SPEC, "stages")):
+            rest = (stop - start).to(tl.int32)
+            k, v = load_tile(data, row, rest, SPEC)
+            again = with_fresh_vectors(net, owner, first, layers, last, rest, SPEC)
+            zs, hs, outputs = run_layers(k, again[0], again[1], slopes, DTYPE, SPEC)
+            s = score(hs[n - 1], again[2])  # [BLOCK]
+            _a, ds = attend_backward(s, v, grads, upstream.grad_scores + row, rest, SPEC)
+            dhs, dzs = run_layers_backward(ds, zs, hs, outputs, back, slopes, SPEC)
+            sums = add_layer_sums(sums, outputs, dzs, SPEC)
+            slope_sums = add_slope_sums(slope_sums, zs, dhs)
+            last_sum = add_octets(times_rows(ds, hs[n - 1]), last_sum)
+            last_bias_sum += ds
+            row += BLOCK
+        begin = stop
+        sequence += 1
+    for i in tl.static_range(1, n):
+        target = grad_weights[i - 1] + program.to(tl.int64) * (width(i, SPEC) * width(i - 1, SPEC))
+        store_matrix_of(target, sums[i - 1][0], i, SPEC)
+        target = grad_biases[i - 1] + program * width(i, SPEC)
+        store_octets(target, sums[i - 1][1], width(i, SPEC), widest(i, SPEC), narrowest(i, SPEC))
+    if get(SPEC, "activation") == "leaky_relu":
+        for i in tl.static_range(n):
+            target = grad_slopes[i] + program * width(i, SPEC)
+            store_octets(target, slope_sums[i], width(i, SPEC), widest(i, SPEC), narrowest(i, SPEC))
+    target = grad_last_weight + program * width(n - 1, SPEC)
+    store_octets(target, last_sum, width(n - 1, SPEC), widest(n - 1, SPEC), narrowest(n - 1, SPEC))
+    tl.store(grad_last_bias + program, tl.sum(last_bias_sum))

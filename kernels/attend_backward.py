@@ -1,0 +1,71 @@
+"""Jit functions that both backward kernels begin with: loads, and the way back through the attention."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .arguments import get
+from .mlp import first_layer
+from .primitives import LN_2, LOG2_E, dot, exp2, load_rows, load_vector
+from .sums import load_padded
+
+
+@triton.jit
+def load_sequence(data, net, upstream, sequence, SPEC: tl.constexpr):
+    """What all tiles of a sequence share: its query, its first layer, and dL/dout twice as an operand, Σ a dL/da,
+    log2-sum-exp2."""
+    q = load_vector(data.query + sequence * data.query_stride, get(SPEC, "dim"), get(SPEC, "dim_slab"))
+    first = first_layer(net, q, sequence, SPEC)
+    DV: tl.constexpr = get(SPEC, "value_dim")
+    grad_out = upstream.grad_out + sequence * DV
+    across = load_padded(grad_out, DV, get(SPEC, "dim_slab"), 8, False)  # [DV, 8]
+    along = load_padded(grad_out, DV, get(SPEC, "dim_slab"), 16, True)  # [16, DV]
+    delta = tl.load(upstream.delta + sequence) * LN_2
+    log_mass = tl.load(upstream.lse + sequence) * LOG2_E
+    return q, first, (across, along, delta, log_mass)
+
+
+@triton.jit
+def load_tile(data, row, rest, SPEC: tl.constexpr):
+    """The keys and values of a tile that begins at `row`, of which `rest` rows are left."""
+    token = tl.arange(0, get(SPEC, "block"))
+    valid = token < rest
+    key, value = data.key + row * get(SPEC, "key_stride"), data.value + row * get(SPEC, "value_stride")
+    k = load_rows(key, token, get(SPEC, "key_stride"), valid, get(SPEC, "dim"), get(SPEC, "dim_slab"))
+    if get(SPEC, "separate_values"):
+        return k, load_rows(
+            value, token, get(SPEC, "value_stride"), valid, get(SPEC, "value_dim"), get(SPEC, "dim_slab")
+        )
+    else:
+        return k, k
+
+
+@triton.jit
+def attend_backward(s, v, grads, grad_scores, rest, SPEC: tl.constexpr):
+    """The attention a and dL/ds, `[tokens]`, from the scores s; both zero past the end of the sequence."""
+    across, _along, delta, log_mass = grads
+    token = tl.arange(0, get(SPEC, "block"))
+    valid = token < rest
+    products = tl.zeros([get(SPEC, "block"), 8], tl.float32)
+    for i in tl.static_range(len(v)):
+        products = dot(v[i], across[i], products, get(SPEC, "precision"))
+    grad = tl.sum(products, 1)
+    if get(SPEC, "with_scores"):
+        grad += tl.load(grad_scores + token, mask=valid, other=0.0).to(tl.float32)
+    if get(SPEC, "softmax"):
+        a = exp2(tl.where(valid, s - log_mass, float("-inf")), get(SPEC, "approx"))
+        return a, a * (grad * LN_2 - delta)
+    else:
+        return tl.where(valid, s, 0.0), tl.where(valid, grad, 0.0)
+
+
+@triton.jit
+def spread(a, grads, acc, SPEC: tl.constexpr):
+    """`acc + a·dL/dout`, `[tokens, DV]`: what the pooling passes to its values."""
+    along = grads[1]
+    out = ()
+    for i in tl.static_range(len(along)):
+        rows = tl.broadcast_to(a.to(along[i].dtype)[:, None], [a.shape[0], 16])
+        out = out + (dot(rows, along[i], acc[i], get(SPEC, "precision")),)
+    return out
