@@ -12,10 +12,11 @@ from torch import Tensor
 
 from . import settings
 from .arguments import Histories, Spec, get
-from .mlp import first_layer, load_network, run_layers, score
+from .mlp import first_layer, load_network
 from .normal_form import NormalForm, normal_form
 from .primitives import LN_2, exp2, load_rows, load_vector, pool, scale, store_row, zero_rows
 from .schedule import find_sequence, merge, rows_per_program, slot_of
+from .streamed import score_tokens
 
 
 @triton.jit
@@ -27,7 +28,6 @@ def _forward_kernel(data, net, out, lse, scores, part, part_state, SPEC: tl.cons
     SOFTMAX: tl.constexpr = get(SPEC, "softmax")
     APPROX: tl.constexpr = get(SPEC, "approx")
     PRECISION: tl.constexpr = get(SPEC, "precision")
-    DTYPE: tl.constexpr = net.key.dtype.element_ty
     program = tl.program_id(0)
     total = tl.load(data.offsets + data.batch)
     share = rows_per_program(total, tl.num_programs(0), get(SPEC, "least_rows"))
@@ -47,7 +47,7 @@ def _forward_kernel(data, net, out, lse, scores, part, part_state, SPEC: tl.cons
         owner = sequence.to(tl.int64)
         slot = slot_of(program, begin, stop, first_row, last_row)
         q = load_vector(data.query + owner * data.query_stride, D, SLAB)
-        first = first_layer(net, q, owner, SPEC)
+        first = first_layer(net, q, owner, SPEC, PURE=True)
         peak = tl.full([], float("-inf"), tl.float32)
         mass = tl.zeros([BLOCK], tl.float32)
         acc = zero_rows(1 if PRECISION == "ieee" else 16, DV, SLAB)
@@ -62,8 +62,7 @@ def _forward_kernel(data, net, out, lse, scores, part, part_state, SPEC: tl.cons
                 v_tile += BLOCK * get(SPEC, "value_stride")
             else:
                 v = k
-            _zs, hs, _outputs = run_layers(k, first, layers, slopes, DTYPE, SPEC)
-            s = score(hs[len(hs) - 1], last)  # [BLOCK]
+            s = score_tokens(k, first, layers, slopes, last, SPEC)  # [BLOCK]
             if get(SPEC, "with_scores"):
                 tl.store(scores + start + token, s, mask=valid)
             if SOFTMAX:

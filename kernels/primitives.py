@@ -157,23 +157,24 @@ def tanh(x, APPROX: tl.constexpr):
 
 
 @triton.jit
-def multiply_add(a, b, c, APPROX: tl.constexpr):
+def multiply_add(a, b, c, APPROX: tl.constexpr, PURE: tl.constexpr = False):
     """`a·b + c` in the dtype of a, rounded once.
 
-    The asm is volatile on purpose: a pure value would be computed again, in registers, for every product that
-    reads it, instead of being kept in shared memory.
+    The asm is volatile unless PURE: a pure value may be computed again, in registers, for every product that
+    reads it, instead of being kept in shared memory. A volatile one is written there by every tile that reads
+    it, where a compiler does not move the write out of the loop over tiles: Triton 3.9 does not.
     """
     if APPROX and a.dtype == tl.bfloat16:
         return tl.inline_asm_elementwise(
-            "fma.rn.bf16x2 $0, $1, $2, $3;", "=r,r,r,r", [a, b, c], dtype=tl.bfloat16, is_pure=False, pack=2
+            "fma.rn.bf16x2 $0, $1, $2, $3;", "=r,r,r,r", [a, b, c], dtype=tl.bfloat16, is_pure=PURE, pack=2
         )
     elif APPROX and a.dtype == tl.float16:
         return tl.inline_asm_elementwise(
-            "fma.rn.f16x2 $0, $1, $2, $3;", "=r,r,r,r", [a, b, c], dtype=tl.float16, is_pure=False, pack=2
+            "fma.rn.f16x2 $0, $1, $2, $3;", "=r,r,r,r", [a, b, c], dtype=tl.float16, is_pure=PURE, pack=2
         )
     elif APPROX:
         return tl.inline_asm_elementwise(
-            "fma.rn.f32 $0, $1, $2, $3;", "=f,f,f,f", [a, b, c], dtype=tl.float32, is_pure=False, pack=1
+            "fma.rn.f32 $0, $1, $2, $3;", "=f,f,f,f", [a, b, c], dtype=tl.float32, is_pure=PURE, pack=1
         )
     else:
         return (a.to(tl.float32) * b.to(tl.float32) + c.to(tl.float32)).to(a.dtype)

@@ -21,7 +21,7 @@ class Launch(NamedTuple):
 WIDEST = 128  # of keys, values and hidden layers
 
 FORWARD = {
-    "half": Launch(32, 1, 2, 16, (32, 8), 64, 256, 8),
+    "half": Launch(32, 1, 2, 64, (32, 8), 64, 256, 8),
     "tf32": Launch(16, 1, 2, 16, (32, 8), 64, 256, 8),
     "ieee": Launch(16, 2, 1, 16, (32, 8), 64, 256, 4),
 }
