@@ -12,11 +12,11 @@ from torch import Tensor
 
 from . import settings
 from .arguments import Histories, Spec, get
-from .mlp import first_layer, load_network
+from .mlp import load_network
 from .normal_form import NormalForm, normal_form
 from .primitives import LN_2, exp2, load_rows, load_vector, pool, scale, store_row, zero_rows
 from .schedule import find_sequence, merge, rows_per_program, slot_of
-from .streamed import score_tokens
+from .streamed import first_layer, score_tokens
 
 
 @triton.jit
@@ -47,7 +47,7 @@ def _forward_kernel(data, net, out, lse, scores, part, part_state, SPEC: tl.cons
         owner = sequence.to(tl.int64)
         slot = slot_of(program, begin, stop, first_row, last_row)
         q = load_vector(data.query + owner * data.query_stride, D, SLAB)
-        first = first_layer(net, q, owner, SPEC, PURE=True)
+        first = first_layer(net, q, owner, SPEC)
         peak = tl.full([], float("-inf"), tl.float32)
         mass = tl.zeros([BLOCK], tl.float32)
         acc = zero_rows(1 if PRECISION == "ieee" else 16, DV, SLAB)
@@ -111,7 +111,7 @@ def forward(unit: Any, with_scores: bool) -> tuple[Tensor, Tensor, Tensor]:
 
     `unit` is a `recattn.composite.activation_unit.Unit`.
     """
-    net = normal_form(unit)
+    net = normal_form(unit, bounded_half=True)
     data = histories(unit)
     batch, total, value_dim = data.batch, data.key.shape[0], data.value.shape[1]
     out = data.value.new_zeros(batch, value_dim)

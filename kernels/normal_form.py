@@ -48,13 +48,15 @@ class NormalForm(NamedTuple):
     last_factor: float
 
 
-def normal_form(unit: Any) -> NormalForm:
-    """Of a `recattn.composite.activation_unit.Unit`."""
+def normal_form(unit: Any, bounded_half: bool = False) -> NormalForm:
+    """Of a `recattn.composite.activation_unit.Unit`. With `bounded_half`, layers behind the first have their weights
+    in fp16 where that is as good as tf32: units between -1 and 1 that come from tanh."""
     precision = settings.precision(unit.keys.dtype)
     plain = PLAIN.get(unit.activation, Form(unit.activation))
     form = plain if precision == "ieee" else FOLDED.get(unit.activation, plain)
     last_factor = unit.scale * (math.log2(math.e) if unit.normalize == "softmax" else 1.0)
     dtype = unit.keys.dtype
+    inner_dtype = torch.float16 if bounded_half and precision == "tf32" and form.kernel == "tanh" else dtype
     first = [x if form.inner == 1 else x * form.inner for x in unit.first[1:]]
     *weights, last_weight = unit.weights
     *biases, last_bias = unit.biases
@@ -62,7 +64,7 @@ def normal_form(unit: Any) -> NormalForm:
         key=first[0].to(dtype).contiguous(),
         product=first[1].to(dtype).contiguous(),
         first_bias=first[2],
-        weights=tuple(_scaled(w, form.inner * form.gain).to(dtype).contiguous() for w in weights),
+        weights=tuple(_scaled(w, form.inner * form.gain).to(inner_dtype).contiguous() for w in weights),
         biases=tuple(_shifted(w, b, form, form.inner) for w, b in zip(weights, biases, strict=True)),
         slopes=_slopes(unit),
         last_weight=_scaled(last_weight, last_factor * form.gain).flatten(),

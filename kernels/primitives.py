@@ -75,6 +75,26 @@ def load_vector(pointer, WIDTH: tl.constexpr, WIDEST: tl.constexpr, NARROWEST: t
 
 
 @triton.jit
+def load_slab(
+    pointer,
+    j: tl.constexpr,
+    i: tl.constexpr,
+    ROWS: tl.constexpr,
+    ROW_WIDEST: tl.constexpr,
+    ROW_NARROWEST: tl.constexpr,
+    COLS: tl.constexpr,
+    COL_WIDEST: tl.constexpr,
+):
+    """Slab `[rows, cols]` in row j and column i of slabs of a contiguous `[ROWS, COLS]`; zero past the edges."""
+    row = columns(j, ROWS, ROW_WIDEST, ROW_NARROWEST)[:, None]
+    column = columns(i, COLS, COL_WIDEST)[None, :]
+    if slab_inside(j, ROWS, ROW_WIDEST, ROW_NARROWEST) and slab_inside(i, COLS, COL_WIDEST):
+        return tl.load(pointer + row * COLS + column)
+    else:
+        return tl.load(pointer + row * COLS + column, mask=(row < ROWS) & (column < COLS), other=0.0)
+
+
+@triton.jit
 def load_matrix(
     pointer,
     ROWS: tl.constexpr,
@@ -87,13 +107,7 @@ def load_matrix(
     slabs = ()
     for j in tl.static_range(slab_count(ROWS, ROW_WIDEST, ROW_NARROWEST)):
         for i in tl.static_range(slab_count(COLS, COL_WIDEST)):
-            row = columns(j, ROWS, ROW_WIDEST, ROW_NARROWEST)[:, None]
-            column = columns(i, COLS, COL_WIDEST)[None, :]
-            if slab_inside(j, ROWS, ROW_WIDEST, ROW_NARROWEST) and slab_inside(i, COLS, COL_WIDEST):
-                slabs = slabs + (tl.load(pointer + row * COLS + column),)
-            else:
-                inside = (row < ROWS) & (column < COLS)
-                slabs = slabs + (tl.load(pointer + row * COLS + column, mask=inside, other=0.0),)
+            slabs = slabs + (load_slab(pointer, j, i, ROWS, ROW_WIDEST, ROW_NARROWEST, COLS, COL_WIDEST),)
     return slabs
 
 

@@ -8,9 +8,29 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .arguments import get
-from .mlp import score
-from .primitives import activate, dot
+from .arguments import get, narrowest, widest, width
+from .mlp import load_units, score
+from .primitives import activate, dot, load_slab, multiply_add, slab_count
+
+
+@triton.jit
+def first_layer(net, q, sequence, SPEC: tl.constexpr):
+    """The first layer as the query of a sequence makes it: (W_eff = key + product·diag(q), c).
+
+    Slab after slab, so that each leaves the registers before the next is loaded.
+    """
+    H1: tl.constexpr = width(0, SPEC)
+    H1_SLAB: tl.constexpr = widest(0, SPEC)
+    LEAST: tl.constexpr = narrowest(0, SPEC)
+    D: tl.constexpr = get(SPEC, "dim")
+    SLAB: tl.constexpr = get(SPEC, "dim_slab")
+    weight = ()
+    for j in tl.static_range(slab_count(H1, H1_SLAB, LEAST)):
+        for i in tl.static_range(len(q)):
+            key = load_slab(net.key, j, i, H1, H1_SLAB, LEAST, D, SLAB)
+            product = load_slab(net.product, j, i, H1, H1_SLAB, LEAST, D, SLAB)
+            weight = weight + (multiply_add(product, q[i][None, :], key, get(SPEC, "approx"), PURE=True),)
+    return weight, load_units(net.first_bias + sequence * H1, 0, SPEC)
 
 
 @triton.jit
