@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,11 +13,10 @@ from torch import Tensor
 
 from . import settings
 from .arguments import Histories, Spec, get
-from .mlp import load_network
 from .normal_form import NormalForm, normal_form
-from .primitives import LN_2, exp2, load_rows, load_vector, pool, scale, store_row, zero_rows
+from .primitives import LN_2, exp2, load_rows, load_vector, pool, pooled, scale, store_row, zero_rows
 from .schedule import find_sequence, merge, rows_per_program, slot_of
-from .streamed import first_layer, score_tokens
+from .streamed import first_layer, load_layers, score_tokens
 
 
 @triton.jit
@@ -36,7 +36,7 @@ def _forward_kernel(data, net, out, lse, scores, part, part_state, SPEC: tl.cons
     if begin >= end:
         return
     sequence = find_sequence(data.offsets, data.batch, begin)
-    layers, slopes, last = load_network(net, SPEC)
+    layers, slopes, last = load_layers(net, SPEC)
     token = tl.arange(0, BLOCK)
     while begin < end:
         if tl.load(data.offsets + sequence + 1) <= begin:  # empty
@@ -50,7 +50,7 @@ def _forward_kernel(data, net, out, lse, scores, part, part_state, SPEC: tl.cons
         first = first_layer(net, q, owner, SPEC)
         peak = tl.full([], float("-inf"), tl.float32)
         mass = tl.zeros([BLOCK], tl.float32)
-        acc = zero_rows(1 if PRECISION == "ieee" else 16, DV, SLAB)
+        acc = zero_rows(8 if get(SPEC, "split") or PRECISION == "ieee" else 16, DV, SLAB)
         k_tile = data.key + begin.to(tl.int64) * get(SPEC, "key_stride")
         v_tile = data.value + begin.to(tl.int64) * get(SPEC, "value_stride")
         for start in tl.range(begin, stop, BLOCK, num_stages=get(SPEC, "stages")):
@@ -80,13 +80,14 @@ def _forward_kernel(data, net, out, lse, scores, part, part_state, SPEC: tl.cons
                 p = tl.where(valid, s, 0.0)
             acc = pool(p, v, acc, PRECISION)
         norm = tl.sum(mass)
+        row = pooled(acc)
         if slot < 0:
             if SOFTMAX:
-                acc = scale(acc, 1 / norm)
+                row = scale(row, 1 / norm)
                 tl.store(lse + sequence, (peak + tl.log2(norm)) * LN_2)
-            store_row(out + owner * DV, acc, DV, SLAB)
+            store_row(out + owner * DV, row, DV, SLAB)
         else:
-            store_row(part + slot * DV, acc, DV, SLAB)
+            store_row(part + slot * DV, row, DV, SLAB)
             tl.store(part_state + 2 * slot, peak)
             tl.store(part_state + 2 * slot + 1, norm)
         begin = stop
@@ -111,7 +112,8 @@ def forward(unit: Any, with_scores: bool) -> tuple[Tensor, Tensor, Tensor]:
 
     `unit` is a `recattn.composite.activation_unit.Unit`.
     """
-    net = normal_form(unit, bounded_half=True)
+    splits = torch.version.hip is None
+    net = normal_form(unit, bounded_half=True, split=splits)
     data = histories(unit)
     batch, total, value_dim = data.batch, data.key.shape[0], data.value.shape[1]
     out = data.value.new_zeros(batch, value_dim)
@@ -122,6 +124,8 @@ def forward(unit: Any, with_scores: bool) -> tuple[Tensor, Tensor, Tensor]:
     launch = settings.FORWARD[net.precision]
     programs = settings.programs(launch, total, data.key.device)
     spec = specialize(unit, data, net, launch, with_scores)
+    if splits and net.precision == "ieee":
+        spec = replace(spec, precision="tf32", split=True)
     part, part_state = lse.new_empty(2 * programs, value_dim), lse.new_empty(2 * programs, 2)
     _forward_kernel[(programs,)](
         data, net.network, out, lse, scores, part, part_state, SPEC=spec, num_warps=launch.num_warps

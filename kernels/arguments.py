@@ -63,6 +63,7 @@ class Spec:
     dim_slab: int  # widest slab of keys and values
     least_rows: int  # fewest rows worth a program
     stages: int
+    split: bool = False  # products of float32 as sums of products of parts, forward only
 
 
 @triton.constexpr_function

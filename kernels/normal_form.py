@@ -35,6 +35,7 @@ class Form(NamedTuple):
 
 FOLDED = {"sigmoid": Form("tanh", 0.5, 0.5, 0.5), "silu": Form("half_silu", 0.5)}
 PLAIN = {"prelu": Form("leaky_relu")}
+SPLIT = {"sigmoid": Form("logistic2", -math.log2(math.e))}
 
 
 class NormalForm(NamedTuple):
@@ -48,23 +49,29 @@ class NormalForm(NamedTuple):
     last_factor: float
 
 
-def normal_form(unit: Any, bounded_half: bool = False) -> NormalForm:
-    """Of a `recattn.composite.activation_unit.Unit`. With `bounded_half`, layers behind the first have their weights
-    in fp16 where that is as good as tf32: units between -1 and 1 that come from tanh."""
+def normal_form(unit: Any, bounded_half: bool = False, split: bool = False) -> NormalForm:
+    """Of a `recattn.composite.activation_unit.Unit`. The weights of layers behind the first are
+
+    - with `bounded_half`, in fp16 where that is as good as tf32: units between -1 and 1 that come from tanh;
+    - with `split`, three matrices in bfloat16 whose sum they are, where fp32 is asked for at its full accuracy."""
     precision = settings.precision(unit.keys.dtype)
     plain = PLAIN.get(unit.activation, Form(unit.activation))
-    form = plain if precision == "ieee" else FOLDED.get(unit.activation, plain)
+    folded = FOLDED if precision != "ieee" else SPLIT if split else {}
+    form = folded.get(unit.activation, plain)
     last_factor = unit.scale * (math.log2(math.e) if unit.normalize == "softmax" else 1.0)
     dtype = unit.keys.dtype
     inner_dtype = torch.float16 if bounded_half and precision == "tf32" and form.kernel == "tanh" else dtype
     first = [x if form.inner == 1 else x * form.inner for x in unit.first[1:]]
     *weights, last_weight = unit.weights
     *biases, last_bias = unit.biases
+    inner_weights = [_scaled(w, form.inner * form.gain).to(inner_dtype) for w in weights]
+    if split and precision == "ieee":
+        inner_weights = [_bfloat16_parts(w) for w in inner_weights]
     network = Network(
         key=first[0].to(dtype).contiguous(),
         product=first[1].to(dtype).contiguous(),
         first_bias=first[2],
-        weights=tuple(_scaled(w, form.inner * form.gain).to(inner_dtype).contiguous() for w in weights),
+        weights=tuple(w.contiguous() for w in inner_weights),
         biases=tuple(_shifted(w, b, form, form.inner) for w, b in zip(weights, biases, strict=True)),
         slopes=_slopes(unit),
         last_weight=_scaled(last_weight, last_factor * form.gain).flatten(),
@@ -96,6 +103,15 @@ def gradients(
         grad_weights.append(weight + factor * shift * bias[:, None] if shift else weight)
         grad_biases.append(_scaled(bias, factor))
     return _scaled(key, inner), _scaled(product, inner), _scaled(first_bias, inner), grad_weights, grad_biases
+
+
+def _bfloat16_parts(x: Tensor) -> Tensor:
+    """`[3, *x.shape]`."""
+    parts = []
+    for _ in range(3):
+        parts.append(x.to(torch.bfloat16))
+        x = x - parts[-1].to(x.dtype)
+    return torch.stack(parts)
 
 
 def _scaled(x: Tensor, factor: float) -> Tensor:

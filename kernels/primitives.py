@@ -149,6 +149,23 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def split_tf32(x):
+    """`(high, low)`, whose sum is x: the first x rounded to tf32, the second what is missing. Products of two low
+    parts can be left out, as they are below fp32's last bit; had high been truncated, they were not."""
+    high = ((x.to(tl.uint32, bitcast=True) + 0x1000) & 0xFFFFE000).to(tl.float32, bitcast=True)
+    return high, x - high
+
+
+@triton.jit
+def split_bfloat16(x):
+    """Three parts in bfloat16, whose sum is x but for its last bit."""
+    high = x.to(tl.bfloat16)
+    x -= high.to(tl.float32)
+    middle = x.to(tl.bfloat16)
+    return high, middle, (x - middle.to(tl.float32)).to(tl.bfloat16)
+
+
+@triton.jit
 def exp2(x, APPROX: tl.constexpr):
     if APPROX:
         return tl.inline_asm_elementwise(
@@ -199,11 +216,14 @@ def multiply_add(a, b, c, APPROX: tl.constexpr, PURE: tl.constexpr = False):
 
 @triton.jit
 def activate(z, slope, ACTIVATION: tl.constexpr, APPROX: tl.constexpr):
-    """`half_silu(z)` is silu(2z) = z·tanh(z) + z; the others are what they are called."""
+    """`half_silu(z)` is silu(2z) = z·tanh(z) + z, `logistic2(z)` sigmoid(-z·ln 2); the others are what they are
+    called."""
     if ACTIVATION == "tanh":
         return tanh(z, APPROX)
     elif ACTIVATION == "sigmoid":
         return 1 / (1 + tl.exp(-z))
+    elif ACTIVATION == "logistic2":
+        return 1 / (1 + tl.exp2(z))
     elif ACTIVATION == "half_silu":
         return z * tanh(z, APPROX) + z
     elif ACTIVATION == "silu":
@@ -246,7 +266,8 @@ def activate_backward(grad, z, h, slope, ACTIVATION: tl.constexpr, APPROX: tl.co
 
 # ------------------------------------------------------------------------------------------------ pooling
 #
-# The pooled row is kept as a tile: 16 equal rows where a matrix unit makes it, one row where plain FMAs do.
+# The pooled row is kept as a tile: 16 equal rows where a matrix unit makes it, 8 rows to be summed where plain
+# FMAs do: summing them across threads can wait until all tiles are in.
 
 
 @triton.jit
@@ -263,11 +284,24 @@ def pool(p, values, acc, PRECISION: tl.constexpr):
     out = ()
     for i in tl.static_range(len(values)):
         v = values[i]
-        if acc[i].shape[0] == 1:
-            out = out + (acc[i] + tl.sum(p[:, None] * v, 0)[None, :],)
+        if acc[i].shape[0] == 8:
+            terms = tl.reshape(p[:, None] * v, [v.shape[0] // 8, 8, v.shape[1]])
+            out = out + (acc[i] + tl.sum(terms, 0),)
         else:
             rows = tl.broadcast_to(p.to(v.dtype)[None, :], [acc[i].shape[0], v.shape[0]])
             out = out + (dot(rows, v, acc[i], PRECISION),)
+    return out
+
+
+@triton.jit
+def pooled(acc):
+    """The pooled row, the first of the rows of the slabs."""
+    out = ()
+    for i in tl.static_range(len(acc)):
+        if acc[i].shape[0] == 8:
+            out = out + (tl.sum(acc[i], 0)[None, :],)
+        else:
+            out = out + (acc[i],)
     return out
 
 
