@@ -14,7 +14,7 @@ from torch import Tensor
 from . import settings
 from .arguments import Histories, Spec, get
 from .normal_form import NormalForm, normal_form
-from .primitives import LN_2, exp2, load_rows, load_vector, pool, pooled, scale, store_row, zero_rows
+from .primitives import LN_2, exp2, load_rows, load_vector, pool, pool_rows, pooled, scale, store_row, zero_rows
 from .schedule import find_sequence, merge, rows_per_program, slot_of
 from .streamed import first_layer, load_layers, score_tokens
 
@@ -28,6 +28,7 @@ def _forward_kernel(data, net, out, lse, scores, part, part_state, SPEC: tl.cons
     SOFTMAX: tl.constexpr = get(SPEC, "softmax")
     APPROX: tl.constexpr = get(SPEC, "approx")
     PRECISION: tl.constexpr = get(SPEC, "precision")
+    EXACT: tl.constexpr = get(SPEC, "split") or PRECISION == "ieee"
     program = tl.program_id(0)
     total = tl.load(data.offsets + data.batch)
     share = rows_per_program(total, tl.num_programs(0), get(SPEC, "least_rows"))
@@ -50,7 +51,7 @@ def _forward_kernel(data, net, out, lse, scores, part, part_state, SPEC: tl.cons
         first = first_layer(net, q, owner, SPEC)
         peak = tl.full([], float("-inf"), tl.float32)
         mass = tl.zeros([BLOCK], tl.float32)
-        acc = zero_rows(8 if get(SPEC, "split") or PRECISION == "ieee" else 16, DV, SLAB)
+        acc = zero_rows(pool_rows(BLOCK, EXACT), DV, SLAB)
         k_tile = data.key + begin.to(tl.int64) * get(SPEC, "key_stride")
         v_tile = data.value + begin.to(tl.int64) * get(SPEC, "value_stride")
         for start in tl.range(begin, stop, BLOCK, num_stages=get(SPEC, "stages")):
@@ -78,9 +79,9 @@ def _forward_kernel(data, net, out, lse, scores, part, part_state, SPEC: tl.cons
                 mass += p
             else:
                 p = tl.where(valid, s, 0.0)
-            acc = pool(p, v, acc, PRECISION)
+            acc = pool(p, v, acc, EXACT, PRECISION)
         norm = tl.sum(mass)
-        row = pooled(acc)
+        row = pooled(acc, EXACT)
         if slot < 0:
             if SOFTMAX:
                 row = scale(row, 1 / norm)

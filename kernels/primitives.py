@@ -266,8 +266,13 @@ def activate_backward(grad, z, h, slope, ACTIVATION: tl.constexpr, APPROX: tl.co
 
 # ------------------------------------------------------------------------------------------------ pooling
 #
-# The pooled row is kept as a tile: 16 equal rows where a matrix unit makes it, 8 rows to be summed where plain
-# FMAs do: summing them across threads can wait until all tiles are in.
+# The pooled row is kept as a tile: 16 equal rows where a matrix unit makes it. EXACT takes plain FMAs instead, and
+# rows that are yet to be summed: across threads that can wait until all tiles are in.
+
+
+@triton.constexpr_function
+def pool_rows(tokens, exact):
+    return tokens // 2 if exact else 16
 
 
 @triton.jit
@@ -279,26 +284,32 @@ def zero_rows(ROWS: tl.constexpr, WIDTH: tl.constexpr, WIDEST: tl.constexpr):
 
 
 @triton.jit
-def pool(p, values, acc, PRECISION: tl.constexpr):
-    """`acc + Σ_t p_t v_t`, slabs `[ROWS, size]`."""
+def pool_slab(p, v, acc, EXACT: tl.constexpr, PRECISION: tl.constexpr):
+    ROWS: tl.constexpr = acc.shape[0]
+    if EXACT:
+        # Rows that lie 8 apart are in one thread, where products have left them.
+        terms = tl.reshape(p[:, None] * v, [ROWS // 8, 2, 8, v.shape[1]])
+        return acc + tl.reshape(tl.sum(terms, 1), [ROWS, v.shape[1]])
+    else:
+        rows = tl.broadcast_to(p.to(v.dtype)[None, :], [ROWS, v.shape[0]])
+        return dot(rows, v, acc, PRECISION)
+
+
+@triton.jit
+def pool(p, values, acc, EXACT: tl.constexpr, PRECISION: tl.constexpr):
+    """`acc` with `Σ_t p_t v_t` added, slabs `[pool_rows, size]`."""
     out = ()
     for i in tl.static_range(len(values)):
-        v = values[i]
-        if acc[i].shape[0] == 8:
-            terms = tl.reshape(p[:, None] * v, [v.shape[0] // 8, 8, v.shape[1]])
-            out = out + (acc[i] + tl.sum(terms, 0),)
-        else:
-            rows = tl.broadcast_to(p.to(v.dtype)[None, :], [acc[i].shape[0], v.shape[0]])
-            out = out + (dot(rows, v, acc[i], PRECISION),)
+        out = out + (pool_slab(p, values[i], acc[i], EXACT, PRECISION),)
     return out
 
 
 @triton.jit
-def pooled(acc):
-    """The pooled row, the first of the rows of the slabs."""
+def pooled(acc, EXACT: tl.constexpr):
+    """What `pool` has summed up, in the first row of slabs."""
     out = ()
     for i in tl.static_range(len(acc)):
-        if acc[i].shape[0] == 8:
+        if EXACT:
             out = out + (tl.sum(acc[i], 0)[None, :],)
         else:
             out = out + (acc[i],)
