@@ -14,7 +14,20 @@ from torch import Tensor
 from . import settings
 from .arguments import Histories, Spec, get
 from .normal_form import NormalForm, normal_form
-from .primitives import LN_2, exp2, load_rows, load_vector, pool, pool_rows, pooled, scale, store_row, zero_rows
+from .primitives import (
+    LN_2,
+    exp2,
+    load_rows,
+    load_vector,
+    pool,
+    pool_rows,
+    pooled,
+    scale,
+    store_row,
+    vector_max,
+    vector_sum,
+    zero_rows,
+)
 from .schedule import find_sequence, merge, rows_per_program, slot_of
 from .streamed import first_layer, load_layers, score_tokens
 
@@ -68,7 +81,7 @@ def _forward_kernel(data, net, out, lse, scores, part, part_state, SPEC: tl.cons
                 tl.store(scores + start + token, s, mask=valid)
             if SOFTMAX:
                 s = tl.where(valid, s, float("-inf"))
-                top = tl.max(s)
+                top = vector_max(s)
                 # Rescaling waits until the maximum has grown 2^8 times: as exact, and rare.
                 if top > peak + 8:
                     factor = exp2(peak - top, APPROX)
@@ -80,7 +93,7 @@ def _forward_kernel(data, net, out, lse, scores, part, part_state, SPEC: tl.cons
             else:
                 p = tl.where(valid, s, 0.0)
             acc = pool(p, v, acc, EXACT, PRECISION)
-        norm = tl.sum(mass)
+        norm = vector_sum(mass)
         row = pooled(acc, EXACT)
         if slot < 0:
             if SOFTMAX:

@@ -188,6 +188,17 @@ def tanh(x, APPROX: tl.constexpr):
 
 
 @triton.jit
+def vector_max(x):
+    """Of a vector. Through a column, which stays in the threads where x is: a scalar is reduced through memory."""
+    return tl.max(tl.max(x[:, None], 0), 0)
+
+
+@triton.jit
+def vector_sum(x):
+    return tl.sum(tl.sum(x[:, None], 0), 0)
+
+
+@triton.jit
 def multiply_add(a, b, c, APPROX: tl.constexpr, PURE: tl.constexpr = False):
     """`a·b + c` in the dtype of a, rounded once.
 
@@ -312,7 +323,10 @@ def pooled(acc, EXACT: tl.constexpr):
         if EXACT:
             out = out + (tl.sum(acc[i], 0)[None, :],)
         else:
-            out = out + (acc[i],)
+            # Rows 8 apart are in one thread: half of them can be dropped there, before they move.
+            halves = tl.permute(tl.reshape(acc[i], [2, 8, acc[i].shape[1]]), (1, 2, 0))
+            half, _same = tl.split(halves)
+            out = out + (half,)
     return out
 
 

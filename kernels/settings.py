@@ -22,7 +22,7 @@ WIDEST = 128  # of keys, values and hidden layers
 
 FORWARD = {
     "half": Launch(32, 1, 2, 64, (32, 8), 64, 256, 8),
-    "tf32": Launch(32, 1, 2, 64, (32, 8), 32, 256, 8),
+    "tf32": Launch(32, 1, 2, 32, (32, 8), 32, 256, 8),
     "ieee": Launch(16, 1, 1, 32, (32, 8), 64, 256, 8),
 }
 
