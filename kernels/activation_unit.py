@@ -126,8 +126,14 @@ def forward(unit: Any, with_scores: bool) -> tuple[Tensor, Tensor, Tensor]:
 
     `unit` is a `recattn.composite.activation_unit.Unit`.
     """
-    splits = torch.version.hip is None
-    net = normal_form(unit, bounded_half=True, split=splits)
+    hidden = [unit.first.bias.shape[1], *(b.shape[0] for b in unit.biases[:-1])]
+    launch, split = settings.forward(
+        settings.precision(unit.keys.dtype),
+        max(unit.keys.shape[1], unit.values.shape[1]),
+        hidden,
+        unit.keys.device,
+    )
+    net = normal_form(unit, bounded_half=True, split=split)
     data = histories(unit)
     batch, total, value_dim = data.batch, data.key.shape[0], data.value.shape[1]
     out = data.value.new_zeros(batch, value_dim)
@@ -135,10 +141,9 @@ def forward(unit: Any, with_scores: bool) -> tuple[Tensor, Tensor, Tensor]:
     scores = lse.new_zeros(total if with_scores else 0)
     if batch == 0 or total == 0:
         return out, scores, lse
-    launch = settings.FORWARD[net.precision]
     programs = settings.programs(launch, total, data.key.device)
     spec = specialize(unit, data, net, launch, with_scores)
-    if splits and net.precision == "ieee":
+    if split:
         spec = replace(spec, precision="tf32", split=True)
     part, part_state = lse.new_empty(2 * programs, value_dim), lse.new_empty(2 * programs, 2)
     _forward_kernel[(programs,)](
@@ -153,12 +158,15 @@ def forward(unit: Any, with_scores: bool) -> tuple[Tensor, Tensor, Tensor]:
 def histories(unit: Any) -> Histories:
     """The data of a call. Rows may lie apart, as long as 32 bits reach across a tile; their elements may not."""
     query, keys, values = (
-        x if x.stride(1) == 1 and x.stride(0) < 1 << 24 else x.contiguous() for x in (unit.query, unit.keys, unit.values)
+        x if x.stride(1) == 1 and x.stride(0) < 1 << 24 else x.contiguous()
+        for x in (unit.query, unit.keys, unit.values)
     )
     return Histories(query, keys, values, unit.offsets, unit.offsets.numel() - 1, query.stride(0))
 
 
-def specialize(unit: Any, data: Histories, net: NormalForm, launch: settings.Launch, with_scores: bool) -> Spec:
+def specialize(
+    unit: Any, data: Histories, net: NormalForm, launch: settings.Launch, with_scores: bool
+) -> Spec:
     return Spec(
         dim=unit.keys.shape[1],
         value_dim=unit.values.shape[1],

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -20,11 +22,20 @@ class Launch(NamedTuple):
 
 WIDEST = 128  # of keys, values and hidden layers
 
+# By the width of keys and values, and by precision: "split" is fp32 at its full accuracy by tf32 and bfloat16 parts,
+# "ieee" by plain FMAs. Slabs of keys wider than 128 bytes make the compiler keep an address for each of their rows.
 FORWARD = {
-    "half": Launch(32, 1, 2, 64, (32, 8), 64, 256, 8),
-    "tf32": Launch(32, 1, 2, 32, (32, 8), 32, 256, 8),
-    "ieee": Launch(16, 1, 1, 32, (32, 8), 64, 256, 8),
+    ("narrow", "half"): Launch(32, 1, 2, 64, (32, 8), 64, 256, 8),
+    ("narrow", "tf32"): Launch(32, 1, 2, 32, (32, 8), 32, 256, 8),
+    ("narrow", "split"): Launch(32, 2, 1, 32, (32, 8), 64, 256, 4),
+    ("narrow", "ieee"): Launch(16, 2, 1, 16, (32, 8), 64, 256, 4),
+    ("broad", "half"): Launch(16, 1, 2, 64, (32, 8), 64, 256, 8),
+    ("broad", "tf32"): Launch(32, 1, 2, 16, (32, 8), 32, 256, 4),
+    ("broad", "split"): Launch(32, 2, 1, 16, (32, 8), 32, 256, 4),
+    ("broad", "ieee"): Launch(16, 2, 1, 16, (32, 8), 64, 256, 4),
 }
+NARROW = 64
+LEAST_SHARED_MEMORY = 99 << 10  # that a program can have on an NVIDIA GPU of compute capability 8.0 and up
 
 BACKWARD_TOKENS = {
     "half": Launch(64, 4, 1, 64, (32, 16), 64, 512, 2),
@@ -43,6 +54,30 @@ def precision(dtype: torch.dtype) -> str:
     if dtype in (torch.float16, torch.bfloat16):
         return "half"
     return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+
+
+def forward(precision: str, width: int, hidden: Sequence[int], device: torch.device) -> tuple[Launch, bool]:
+    """Settings for keys and values up to `width` wide, and whether operands are split."""
+    size = "narrow" if width <= NARROW else "broad"
+    split = FORWARD[size, "split"]
+    if precision == "ieee" and torch.version.hip is None and _fits(split, width, hidden, device):
+        return split, True
+    return FORWARD[size, precision], False
+
+
+def _fits(launch: Launch, width: int, hidden: Sequence[int], device: torch.device) -> bool:
+    """Whether shared memory holds two tf32 parts of the first layer's weight, three bfloat16 parts of the others, and
+    a tile of keys."""
+    limit = LEAST_SHARED_MEMORY
+    if device.type == "cuda":
+        limit = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    width, hidden = _round_up(width, 16), [_round_up(n, 16) for n in hidden]
+    later = sum(rows * columns for rows, columns in itertools.pairwise(hidden))
+    return 8 * width * hidden[0] + 6 * later + 4 * width * launch.block <= limit
+
+
+def _round_up(n: int, step: int) -> int:
+    return -(-n // step) * step
 
 
 def programs(launch: Launch, rows: int, device: torch.device) -> int:

@@ -13,7 +13,16 @@ import triton.language as tl
 
 from .arguments import depth, get, narrowest, widest, width
 from .mlp import load_network, load_units, score
-from .primitives import activate, dot, load_matrix, load_slab, multiply_add, slab_count, split_bfloat16, split_tf32
+from .primitives import (
+    activate,
+    dot,
+    load_matrix,
+    load_slab,
+    multiply_add,
+    slab_count,
+    split_bfloat16,
+    split_tf32,
+)
 
 
 @triton.jit
