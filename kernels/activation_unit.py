@@ -108,15 +108,15 @@ def uncovered(unit: Any) -> str | None:
 
 
 def forward(unit: Any, with_scores: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """`out [B, Dv]`, the attention `[T]` if asked for, and the log-sum-exp `[B]`, of a folded call.
+    """`out [B, Dv]`, the attention `[T]` if asked for, and the log-sum-exp `[B]`, of a folded call, in float32.
 
     `unit` is a `recattn.composite.activation_unit.Unit`.
     """
     net = normal_form(unit)
     data = histories(unit)
     batch, total, value_dim = data.batch, data.key.shape[0], data.value.shape[1]
-    out = data.value.new_zeros(batch, value_dim)
     lse = data.key.new_full((batch,), -torch.inf, dtype=torch.float32)
+    out = lse.new_zeros(batch, value_dim)
     scores = lse.new_zeros(total if with_scores else 0)
     if batch == 0 or total == 0:
         return out, scores, lse
@@ -136,12 +136,15 @@ def forward(unit: Any, with_scores: bool) -> tuple[Tensor, Tensor, Tensor]:
 def histories(unit: Any) -> Histories:
     """The data of a call. Rows may lie apart, as long as 32 bits reach across a tile; their elements may not."""
     query, keys, values = (
-        x if x.stride(1) == 1 and x.stride(0) < 1 << 24 else x.contiguous() for x in (unit.query, unit.keys, unit.values)
+        x if x.stride(1) == 1 and x.stride(0) < 1 << 24 else x.contiguous()
+        for x in (unit.query, unit.keys, unit.values)
     )
     return Histories(query, keys, values, unit.offsets, unit.offsets.numel() - 1, query.stride(0))
 
 
-def specialize(unit: Any, data: Histories, net: NormalForm, launch: settings.Launch, with_scores: bool) -> Spec:
+def specialize(
+    unit: Any, data: Histories, net: NormalForm, launch: settings.Launch, with_scores: bool
+) -> Spec:
     return Spec(
         dim=unit.keys.shape[1],
         value_dim=unit.values.shape[1],

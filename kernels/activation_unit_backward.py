@@ -60,7 +60,9 @@ def load_tile(data, row, rest, SPEC: tl.constexpr):
     key, value = data.key + row * get(SPEC, "key_stride"), data.value + row * get(SPEC, "value_stride")
     k = load_rows(key, token, get(SPEC, "key_stride"), valid, get(SPEC, "dim"), get(SPEC, "dim_slab"))
     if get(SPEC, "separate_values"):
-        return k, load_rows(value, token, get(SPEC, "value_stride"), valid, get(SPEC, "value_dim"), get(SPEC, "dim_slab"))
+        return k, load_rows(
+            value, token, get(SPEC, "value_stride"), valid, get(SPEC, "value_dim"), get(SPEC, "dim_slab")
+        )
     else:
         return k, k
 
@@ -265,14 +267,24 @@ def _weights_kernel(
         size = width(i, SPEC) * width(i - 1, SPEC)
         target = grad_weights[i - 1] + program.to(tl.int64) * size
         add_matrix(
-            target, sums[i - 1][0], 1, width(i, SPEC), widest(i, SPEC), width(i - 1, SPEC), widest(i - 1, SPEC)
+            target,
+            sums[i - 1][0],
+            1,
+            width(i, SPEC),
+            widest(i, SPEC),
+            width(i - 1, SPEC),
+            widest(i - 1, SPEC),
         )
-        store_column(grad_biases[i - 1] + program * width(i, SPEC), sums[i - 1][1], width(i, SPEC), widest(i, SPEC))
+        store_column(
+            grad_biases[i - 1] + program * width(i, SPEC), sums[i - 1][1], width(i, SPEC), widest(i, SPEC)
+        )
     if get(SPEC, "activation") == "leaky_relu":
         for i in tl.static_range(n):
             target = grad_slopes[i] + program * width(i, SPEC)
             store_row(target, slope_sums[i], width(i, SPEC), widest(i, SPEC))
-    store_column(grad_last_weight + program * width(n - 1, SPEC), last_sum, width(n - 1, SPEC), widest(n - 1, SPEC))
+    store_column(
+        grad_last_weight + program * width(n - 1, SPEC), last_sum, width(n - 1, SPEC), widest(n - 1, SPEC)
+    )
     tl.store(grad_last_bias + program, tl.sum(last_bias_sum))
 
 
@@ -350,6 +362,8 @@ def backward(
         grad_last_bias.sum(0),
     )
     slopes = [
-        g.sum(0).sum_to_size(s.shape) for g, s in zip(grad_slopes, unit.slopes, strict=False) if isinstance(s, Tensor)
+        g.sum(0).sum_to_size(s.shape)
+        for g, s in zip(grad_slopes, unit.slopes, strict=False)
+        if isinstance(s, Tensor)
     ]
     return grad_first[:, :dim], grad_key, grad_value, *grads, slopes

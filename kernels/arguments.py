@@ -14,7 +14,9 @@ class Histories(NamedTuple):
 
     query: Tensor  # [B, D]
     key: Tensor  # [T, D]
-    value: Tensor  # [T, Dv], the keys if there are no other values; a tuple in Triton has a `values` of its own
+    value: (
+        Tensor  # [T, Dv], the keys if there are no other values; a tuple in Triton has a `values` of its own
+    )
     offsets: Tensor  # [B + 1]
     batch: int
     query_stride: int
