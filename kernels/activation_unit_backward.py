@@ -63,8 +63,7 @@ def load_tile(data, row, rest, SPEC: tl.constexpr):
         return k, load_rows(
             value, token, get(SPEC, "value_stride"), valid, get(SPEC, "value_dim"), get(SPEC, "dim_slab")
         )
-    else:
-        return k, k
+    return k, k
 
 
 @triton.jit
@@ -81,8 +80,7 @@ def attend_backward(s, v, grads, grad_scores, rest, SPEC: tl.constexpr):
     if get(SPEC, "softmax"):
         a = tl.where(valid, exp2(s - log_mass, get(SPEC, "approx")), 0.0)
         return a, a * (grad - delta) * LN_2
-    else:
-        return tl.where(valid, s, 0.0), tl.where(valid, grad, 0.0)
+    return tl.where(valid, s, 0.0), tl.where(valid, grad, 0.0)
 
 
 @triton.jit
@@ -135,7 +133,7 @@ def _tokens_kernel(
             rest = (stop - start).to(tl.int32)
             valid = token < rest
             k, v = load_tile(data, row, rest, SPEC)
-            zs, hs, outputs = run_layers(k, first, layers, slopes, DTYPE, SPEC)
+            zs, hs, _outputs = run_layers(k, first, layers, slopes, DTYPE, SPEC)
             s = score(hs[len(hs) - 1], last)  # [BLOCK]
             a, ds = attend_backward(s, v, grads, upstream.grad_scores + row, rest, SPEC)
             _dhs, dzs = run_layers_backward(ds, zs, hs, layers, slopes, last, SPEC)
@@ -200,7 +198,7 @@ def add_layer_sums(sums, outputs, dzs, DTYPE: tl.constexpr, SPEC: tl.constexpr):
 
 
 @triton.jit
-def add_slope_sums(slope_sums, zs, dhs, SPEC: tl.constexpr):
+def add_slope_sums(slope_sums, zs, dhs):
     """Σ_t dL/dh·min(z, 0), as a row. Rare enough for a plain reduction."""
     out = ()
     for i in tl.static_range(len(slope_sums)):
@@ -256,7 +254,7 @@ def _weights_kernel(
             _a, ds = attend_backward(s, v, grads, upstream.grad_scores + row, rest, SPEC)
             dhs, dzs = run_layers_backward(ds, zs, hs, layers, slopes, last, SPEC)
             sums = add_layer_sums(sums, outputs, dzs, DTYPE, SPEC)
-            slope_sums = add_slope_sums(slope_sums, zs, dhs, SPEC)
+            slope_sums = add_slope_sums(slope_sums, zs, dhs)
             scored = tl.broadcast_to(ds[:, None], [BLOCK, 8]).to(DTYPE)
             last_sum = outer_sum(outputs[n - 1], (scored,), last_sum, PRECISION)
             last_bias_sum += ds

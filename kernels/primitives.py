@@ -140,8 +140,7 @@ def exp2(x, APPROX: tl.constexpr):
         return tl.inline_asm_elementwise(
             "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
         )
-    else:
-        return tl.exp2(x)
+    return tl.exp2(x)
 
 
 @triton.jit
@@ -150,10 +149,9 @@ def tanh(x, APPROX: tl.constexpr):
         return tl.inline_asm_elementwise(
             "tanh.approx.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
         )
-    else:
-        e = tl.exp(-2 * tl.abs(x))  # of |x|, so that it cannot overflow
-        t = (1 - e) / (1 + e)
-        return tl.where(x < 0, -t, t)
+    e = tl.exp(-2 * tl.abs(x))  # of |x|, so that it cannot overflow
+    t = (1 - e) / (1 + e)
+    return tl.where(x < 0, -t, t)
 
 
 @triton.jit
@@ -167,16 +165,15 @@ def multiply_add(a, b, c, APPROX: tl.constexpr):
         return tl.inline_asm_elementwise(
             "fma.rn.bf16x2 $0, $1, $2, $3;", "=r,r,r,r", [a, b, c], dtype=tl.bfloat16, is_pure=False, pack=2
         )
-    elif APPROX and a.dtype == tl.float16:
+    if APPROX and a.dtype == tl.float16:
         return tl.inline_asm_elementwise(
             "fma.rn.f16x2 $0, $1, $2, $3;", "=r,r,r,r", [a, b, c], dtype=tl.float16, is_pure=False, pack=2
         )
-    elif APPROX:
+    if APPROX:
         return tl.inline_asm_elementwise(
             "fma.rn.f32 $0, $1, $2, $3;", "=f,f,f,f", [a, b, c], dtype=tl.float32, is_pure=False, pack=1
         )
-    else:
-        return (a.to(tl.float32) * b.to(tl.float32) + c.to(tl.float32)).to(a.dtype)
+    return (a.to(tl.float32) * b.to(tl.float32) + c.to(tl.float32)).to(a.dtype)
 
 
 # ------------------------------------------------------------------------------------------------ activations
@@ -187,21 +184,20 @@ def activate(z, slope, ACTIVATION: tl.constexpr, APPROX: tl.constexpr):
     """`half_silu(z)` is silu(2z) = z·tanh(z) + z; the others are what they are called."""
     if ACTIVATION == "tanh":
         return tanh(z, APPROX)
-    elif ACTIVATION == "sigmoid":
+    if ACTIVATION == "sigmoid":
         return 1 / (1 + tl.exp(-z))
-    elif ACTIVATION == "half_silu":
+    if ACTIVATION == "half_silu":
         return z * tanh(z, APPROX) + z
-    elif ACTIVATION == "silu":
+    if ACTIVATION == "silu":
         return z / (1 + tl.exp(-z))
-    elif ACTIVATION == "gelu":
+    if ACTIVATION == "gelu":
         return 0.5 * z * (1 + tl.erf(z * 0.7071067811865476))
-    elif ACTIVATION == "relu":
+    if ACTIVATION == "relu":
         return tl.maximum(z, 0.0)
-    elif ACTIVATION == "leaky_relu":
+    if ACTIVATION == "leaky_relu":
         return tl.where(z > 0, z, slope * z)
-    else:
-        tl.static_assert(ACTIVATION == "identity")
-        return z
+    tl.static_assert(ACTIVATION == "identity")
+    return z
 
 
 @triton.jit
@@ -209,24 +205,23 @@ def activate_backward(grad, z, h, slope, ACTIVATION: tl.constexpr, APPROX: tl.co
     """dL/dz from dL/dh, where h = activate(z)."""
     if ACTIVATION == "tanh":
         return grad * (1 - h * h)
-    elif ACTIVATION == "sigmoid":
+    if ACTIVATION == "sigmoid":
         return grad * h * (1 - h)
-    elif ACTIVATION == "half_silu":
+    if ACTIVATION == "half_silu":
         t = tanh(z, APPROX)
         return grad * (1 + t + z * (1 - t * t))
-    elif ACTIVATION == "silu":
+    if ACTIVATION == "silu":
         s = 1 / (1 + tl.exp(-z))
         return grad * s * (1 + z * (1 - s))
-    elif ACTIVATION == "gelu":
+    if ACTIVATION == "gelu":
         density = 0.3989422804014327 * tl.exp(-0.5 * z * z)
         return grad * (0.5 * (1 + tl.erf(z * 0.7071067811865476)) + z * density)
-    elif ACTIVATION == "relu":
+    if ACTIVATION == "relu":
         return tl.where(z > 0, grad, 0.0)
-    elif ACTIVATION == "leaky_relu":
+    if ACTIVATION == "leaky_relu":
         return tl.where(z > 0, grad, slope * grad)
-    else:
-        tl.static_assert(ACTIVATION == "identity")
-        return grad
+    tl.static_assert(ACTIVATION == "identity")
+    return grad
 
 
 # ------------------------------------------------------------------------------------------------ pooling

@@ -152,7 +152,7 @@ class Jagged:
         return padded.masked_fill(~valid.reshape(valid.shape + (1,) * len(trailing)), padding_value)
 
     @staticmethod
-    def from_nested(nested: Tensor) -> Jagged:
+    def from_nested(nested: Any) -> Jagged:
         """From a nested tensor with `layout=torch.jagged`, `[B, *, ...]`, ragged in dimension 1."""
         if not nested.is_nested or nested.layout != torch.jagged:
             raise TypeError(

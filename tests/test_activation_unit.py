@@ -6,12 +6,12 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from activation_unit_cases import HISTORIES, Case, assert_within_budget, call, exact, variant
+from recattn.kernels import settings
 from torch import Tensor
 
 import recattn
-from activation_unit_cases import HISTORIES, Case, assert_within_budget, call, exact, variant
 from recattn import functional
-from recattn.kernels import settings
 
 ACTIVATIONS = ("sigmoid", "relu", "leaky_relu", "prelu", "silu", "gelu", "tanh", "identity")
 PRECISIONS = {
@@ -22,8 +22,11 @@ PRECISIONS = {
 }
 
 
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
+
 @pytest.fixture(autouse=True)
-def short_programs(monkeypatch: pytest.MonkeyPatch, poisoned_memory: None) -> None:
+def short_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Gives programs few enough rows that sequences of a test are cut, some more than once."""
     for table in (settings.FORWARD, settings.BACKWARD_TOKENS, settings.BACKWARD_WEIGHTS):
         for key, launch in table.items():

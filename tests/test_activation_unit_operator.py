@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
+from activation_unit_cases import Case, variant
 from torch import Tensor
 
-from activation_unit_cases import Case, variant
 from recattn import functional
 from recattn.ops.activation_unit import forward_op
 

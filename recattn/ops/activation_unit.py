@@ -164,58 +164,60 @@ def _fake_backward(*arguments: Any) -> list[Tensor]:
     return [tensor.new_empty(tensor.shape) for tensor in inputs]
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    query, keys, offsets, values, weights, biases, slopes, *options, _, backend = inputs
-    optional = [] if values is None else [values]
-    out, scores, lse, exact_out = output
-    ctx.save_for_backward(
-        out if exact_out.dtype == out.dtype else exact_out,
-        scores,
-        lse,
-        query,
-        keys,
-        offsets,
-        *optional,
-        *weights,
-        *biases,
-        *slopes,
-    )
-    ctx.counts = (len(optional), len(weights), len(slopes))
-    ctx.options = (*options, backend)
-    ctx.set_materialize_grads(False)
+class _Autograd(torch.autograd.Function):
+    """Takes the tensors of all lists one by one: `register_autograd` would flatten lists by pytrees, which costs as
+    much as a small batch."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, layers: int, options: tuple[Any, ...], *tensors: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        query, keys, offsets, values, *groups = tensors
+        with torch._C._AutoDispatchBelowAutograd():
+            out, scores, lse, exact_out = forward_op(
+                query, keys, offsets, values, *_grouped(groups, layers), *options
+            )
+        ctx.save_for_backward(exact_out if exact_out.numel() else out, scores, lse, *tensors)
+        ctx.layers, ctx.options = layers, options
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(lse, exact_out)
+        return out, scores, lse, exact_out
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor | None, grad_scores: Tensor | None, *_: Any) -> tuple[Any, ...]:
+        exact_out, scores, lse, query, keys, offsets, values, *groups = ctx.saved_tensors
+        *options, return_scores, backend = ctx.options
+        if grad_out is None:
+            grad_out = torch.zeros_like(exact_out, dtype=keys.dtype)
+        grad_query, grad_keys, *gradients = backward_op(
+            grad_out,
+            grad_scores if return_scores else None,
+            exact_out,
+            scores,
+            lse,
+            query,
+            keys,
+            offsets,
+            values,
+            *_grouped(groups, ctx.layers),
+            *options,
+            backend,
+        )
+        grad_values = None if values is None else gradients.pop(0)
+        return None, None, grad_query, grad_keys, None, grad_values, *gradients
 
 
-def _backward_formula(
-    ctx: Any, grad_out: Tensor | None, grad_scores: Tensor | None, *_: Tensor | None
-) -> Any:
-    exact_out, scores, lse, query, keys, offsets, *rest = ctx.saved_tensors
-    separate, layers, slopes = ctx.counts
-    values = rest[0] if separate else None
-    groups = [
-        rest[separate : separate + layers],
-        rest[separate + layers :][:layers],
-        rest[separate + 2 * layers :],
-    ]
-    if grad_out is None:
-        grad_out = torch.zeros_like(exact_out, dtype=keys.dtype)
-    if not scores.numel():
-        grad_scores = None
-    gradients = backward_op(
-        grad_out, grad_scores, exact_out, scores, lse, query, keys, offsets, values, *groups, *ctx.options
-    )
-    grad_query, grad_keys, *gradients = gradients
-    grad_values = gradients.pop(0) if separate else None
-    grad_weights, grad_biases = gradients[:layers], gradients[layers : 2 * layers]
-    options = (None,) * (len(ctx.options) + 1)
-    return (
-        grad_query,
-        grad_keys,
-        None,
-        grad_values,
-        grad_weights,
-        grad_biases,
-        gradients[2 * layers :],
-        *options,
+def _grouped(
+    tensors: Sequence[Tensor], layers: int
+) -> tuple[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor]]:
+    """Weights, biases and slopes."""
+    return tensors[:layers], tensors[layers : 2 * layers], tensors[2 * layers :]
+
+
+def _with_autograd(*arguments: Any) -> tuple[Tensor, ...]:
+    query, keys, offsets, values, weights, biases, slopes, *options = arguments
+    return _Autograd.apply(
+        len(weights), tuple(options), query, keys, offsets, values, *weights, *biases, *slopes
     )
 
 
@@ -225,7 +227,5 @@ def _no_second_derivative(*_: Any) -> Any:
     )
 
 
+LIBRARY.impl("activation_unit", _with_autograd, "Autograd")
 torch.library.register_autograd("recattn::activation_unit_backward", _no_second_derivative, lib=LIBRARY)
-torch.library.register_autograd(
-    "recattn::activation_unit", _backward_formula, setup_context=_setup_context, lib=LIBRARY
-)
