@@ -177,7 +177,7 @@ class _Autograd(torch.autograd.Function):
             out, scores, lse, exact_out = forward_op(
                 query, keys, offsets, values, *_grouped(groups, layers), *options
             )
-        ctx.save_for_backward(exact_out if exact_out.numel() else out, scores, lse, *tensors)
+        ctx.save_for_backward(out if exact_out.dtype == out.dtype else exact_out, scores, lse, *tensors)
         ctx.layers, ctx.options = layers, options
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(lse, exact_out)
