@@ -63,7 +63,8 @@ def load_tile(data, row, rest, SPEC: tl.constexpr):
         return k, load_rows(
             value, token, get(SPEC, "value_stride"), valid, get(SPEC, "value_dim"), get(SPEC, "dim_slab")
         )
-    return k, k
+    else:
+        return k, k
 
 
 @triton.jit
@@ -80,7 +81,8 @@ def attend_backward(s, v, grads, grad_scores, rest, SPEC: tl.constexpr):
     if get(SPEC, "softmax"):
         a = tl.where(valid, exp2(s - log_mass, get(SPEC, "approx")), 0.0)
         return a, a * (grad - delta) * LN_2
-    return tl.where(valid, s, 0.0), tl.where(valid, grad, 0.0)
+    else:
+        return tl.where(valid, s, 0.0), tl.where(valid, grad, 0.0)
 
 
 @triton.jit

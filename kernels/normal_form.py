@@ -52,7 +52,8 @@ def normal_form(unit: Any) -> NormalForm:
     """Of a `recattn.composite.activation_unit.Unit`."""
     precision = settings.precision(unit.keys.dtype)
     plain = PLAIN.get(unit.activation, Form(unit.activation))
-    form = plain if precision == "ieee" else FOLDED.get(unit.activation, plain)
+    fast = precision != "ieee" and torch.version.hip is None
+    form = FOLDED.get(unit.activation, plain) if fast else plain
     last_factor = unit.scale * (math.log2(math.e) if unit.normalize == "softmax" else 1.0)
     dtype = unit.keys.dtype
     first = [x if form.inner == 1 else x * form.inner for x in unit.first[1:]]
@@ -68,7 +69,7 @@ def normal_form(unit: Any) -> NormalForm:
         last_weight=_scaled(last_weight, last_factor * form.gain).flatten(),
         last_bias=_shifted(last_weight, last_bias, form, last_factor),
     )
-    approx = precision != "ieee" and torch.version.hip is None and not triton.knobs.runtime.interpret
+    approx = fast and not triton.knobs.runtime.interpret
     hidden = (unit.first.bias.shape[1], *(b.shape[0] for b in biases))
     return NormalForm(network, hidden, precision, approx, form, last_factor)
 

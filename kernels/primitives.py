@@ -140,7 +140,8 @@ def exp2(x, APPROX: tl.constexpr):
         return tl.inline_asm_elementwise(
             "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
         )
-    return tl.exp2(x)
+    else:
+        return tl.exp2(x)
 
 
 @triton.jit
@@ -149,9 +150,10 @@ def tanh(x, APPROX: tl.constexpr):
         return tl.inline_asm_elementwise(
             "tanh.approx.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
         )
-    e = tl.exp(-2 * tl.abs(x))  # of |x|, so that it cannot overflow
-    t = (1 - e) / (1 + e)
-    return tl.where(x < 0, -t, t)
+    else:
+        e = tl.exp(-2 * tl.abs(x))  # of |x|, so that it cannot overflow
+        t = (1 - e) / (1 + e)
+        return tl.where(x < 0, -t, t)
 
 
 @triton.jit
@@ -165,15 +167,16 @@ def multiply_add(a, b, c, APPROX: tl.constexpr):
         return tl.inline_asm_elementwise(
             "fma.rn.bf16x2 $0, $1, $2, $3;", "=r,r,r,r", [a, b, c], dtype=tl.bfloat16, is_pure=False, pack=2
         )
-    if APPROX and a.dtype == tl.float16:
+    elif APPROX and a.dtype == tl.float16:
         return tl.inline_asm_elementwise(
             "fma.rn.f16x2 $0, $1, $2, $3;", "=r,r,r,r", [a, b, c], dtype=tl.float16, is_pure=False, pack=2
         )
-    if APPROX:
+    elif APPROX:
         return tl.inline_asm_elementwise(
             "fma.rn.f32 $0, $1, $2, $3;", "=f,f,f,f", [a, b, c], dtype=tl.float32, is_pure=False, pack=1
         )
-    return (a.to(tl.float32) * b.to(tl.float32) + c.to(tl.float32)).to(a.dtype)
+    else:
+        return (a.to(tl.float32) * b.to(tl.float32) + c.to(tl.float32)).to(a.dtype)
 
 
 # ------------------------------------------------------------------------------------------------ activations
@@ -184,20 +187,21 @@ def activate(z, slope, ACTIVATION: tl.constexpr, APPROX: tl.constexpr):
     """`half_silu(z)` is silu(2z) = z·tanh(z) + z; the others are what they are called."""
     if ACTIVATION == "tanh":
         return tanh(z, APPROX)
-    if ACTIVATION == "sigmoid":
+    elif ACTIVATION == "sigmoid":
         return 1 / (1 + tl.exp(-z))
-    if ACTIVATION == "half_silu":
+    elif ACTIVATION == "half_silu":
         return z * tanh(z, APPROX) + z
-    if ACTIVATION == "silu":
+    elif ACTIVATION == "silu":
         return z / (1 + tl.exp(-z))
-    if ACTIVATION == "gelu":
+    elif ACTIVATION == "gelu":
         return 0.5 * z * (1 + tl.erf(z * 0.7071067811865476))
-    if ACTIVATION == "relu":
+    elif ACTIVATION == "relu":
         return tl.maximum(z, 0.0)
-    if ACTIVATION == "leaky_relu":
+    elif ACTIVATION == "leaky_relu":
         return tl.where(z > 0, z, slope * z)
-    tl.static_assert(ACTIVATION == "identity")
-    return z
+    else:
+        tl.static_assert(ACTIVATION == "identity")
+        return z
 
 
 @triton.jit
@@ -205,23 +209,24 @@ def activate_backward(grad, z, h, slope, ACTIVATION: tl.constexpr, APPROX: tl.co
     """dL/dz from dL/dh, where h = activate(z)."""
     if ACTIVATION == "tanh":
         return grad * (1 - h * h)
-    if ACTIVATION == "sigmoid":
+    elif ACTIVATION == "sigmoid":
         return grad * h * (1 - h)
-    if ACTIVATION == "half_silu":
+    elif ACTIVATION == "half_silu":
         t = tanh(z, APPROX)
         return grad * (1 + t + z * (1 - t * t))
-    if ACTIVATION == "silu":
+    elif ACTIVATION == "silu":
         s = 1 / (1 + tl.exp(-z))
         return grad * s * (1 + z * (1 - s))
-    if ACTIVATION == "gelu":
+    elif ACTIVATION == "gelu":
         density = 0.3989422804014327 * tl.exp(-0.5 * z * z)
         return grad * (0.5 * (1 + tl.erf(z * 0.7071067811865476)) + z * density)
-    if ACTIVATION == "relu":
+    elif ACTIVATION == "relu":
         return tl.where(z > 0, grad, 0.0)
-    if ACTIVATION == "leaky_relu":
+    elif ACTIVATION == "leaky_relu":
         return tl.where(z > 0, grad, slope * grad)
-    tl.static_assert(ACTIVATION == "identity")
-    return grad
+    else:
+        tl.static_assert(ACTIVATION == "identity")
+        return grad
 
 
 # ------------------------------------------------------------------------------------------------ pooling
