@@ -169,9 +169,7 @@ class _Autograd(torch.autograd.Function):
     much as a small batch."""
 
     @staticmethod
-    def forward(
-        ctx: Any, layers: int, options: tuple[Any, ...], *tensors: Tensor | None
-    ) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, layers: int, options: tuple[Any, ...], *tensors: Any) -> tuple[Tensor, ...]:
         query, keys, offsets, values, *groups = tensors
         with torch._C._AutoDispatchBelowAutograd():
             out, scores, lse, exact_out = forward_op(
