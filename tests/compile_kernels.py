@@ -10,16 +10,13 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
 import triton
 from activation_unit_cases import Case, call
-from recattn.kernels import activation_unit, activation_unit_backward, schedule
+from recorded_launches import recorded_launches
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -33,35 +30,6 @@ POINTERS = {
     torch.int32: "*i32",
     torch.int64: "*i64",
 }
-
-
-class Recorder:
-    """Stands in for a kernel and keeps what it is launched with."""
-
-    def __init__(self, kernel: Any, launches: list[tuple[Any, tuple[Any, ...], dict[str, Any]]]) -> None:
-        self.kernel, self.launches = kernel, launches
-
-    def __getitem__(self, grid: tuple[int, ...]) -> Any:
-        return lambda *args, **kwargs: self.launches.append((self.kernel, args, kwargs))
-
-
-@contextmanager
-def recorded_launches(
-    modules: list[ModuleType],
-) -> Iterator[list[tuple[Any, tuple[Any, ...], dict[str, Any]]]]:
-    launches: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
-    kept = []
-    for module in modules:
-        for name, value in vars(module).items():
-            if name.endswith("_kernel") and isinstance(value, triton.JITFunction):
-                kept.append((module, name, value))
-    for module, name, value in kept:
-        setattr(module, name, Recorder(value, launches))
-    try:
-        yield launches
-    finally:
-        for module, name, value in kept:
-            setattr(module, name, value)
 
 
 def source(kernel: Any, args: tuple[Any, ...], constants: dict[str, Any]) -> ASTSource:
@@ -112,8 +80,7 @@ def main(targets: list[str], dtypes: list[str], folder: Path) -> None:
         for target in targets:
             hip = target.startswith("gfx")
             torch.version.hip = "6.4" if hip else None
-            modules = [activation_unit, activation_unit_backward, schedule]
-            with recorded_launches(modules) as launches, recattn.backend("triton"):
+            with recorded_launches() as launches, recattn.backend("triton"):
                 call(functional.activation_unit, case, case.tensors())
             gpu = (
                 GPUTarget("hip", target, 64)

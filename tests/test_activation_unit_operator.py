@@ -6,9 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from activation_unit_cases import Case, variant
+from activation_unit_cases import Case, call, variant
+from recorded_launches import recorded_launches
 from torch import Tensor
 
+import recattn
 from recattn import functional
 from recattn.ops.activation_unit import forward_op
 
@@ -98,3 +100,21 @@ def test_a_second_derivative_raises() -> None:
     (grad,) = torch.autograd.grad(out.sum(), tensors["query"], create_graph=True)
     with pytest.raises(NotImplementedError, match="activation_unit: a second derivative"):
         grad.sum().backward()
+
+
+def test_neither_lengths_nor_batch_sizes_compile_kernels_anew() -> None:
+    generator = torch.Generator().manual_seed(0)
+    specs: dict[str, set[Any]] = {}
+    for batch in range(1, 51):
+        lengths = torch.randint(0, 40, (batch,), generator=generator).tolist()
+        case = variant(lengths=lengths, return_scores=bool(batch % 2))
+        with recorded_launches() as launches, recattn.backend("triton"):
+            call(functional.activation_unit, case, case.tensors())
+        for kernel, _, constants in launches:
+            specs.setdefault(kernel.fn.__name__, set()).add(tuple(sorted(constants.items())))
+    assert {name: len(kinds) for name, kinds in specs.items()} == {
+        "_forward_kernel": 2,  # with scores and without
+        "_tokens_kernel": 2,
+        "_weights_kernel": 2,
+        "_merge_kernel": 2,  # of the output, and of gradients
+    }
