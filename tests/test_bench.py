@@ -1,3 +1,4 @@
+import math
 import re
 import subprocess
 import sys
@@ -9,7 +10,7 @@ import torch
 from rich.console import Console
 
 from recattn.bench import report
-from recattn.bench.cases import CASES, Case, Inputs, make_inputs, select_cases
+from recattn.bench.cases import CASES, SCALED_LOG, Case, Inputs, make_inputs, select_cases
 from recattn.bench.measure import (
     MODES,
     Inaccurate,
@@ -274,3 +275,14 @@ def test_a_table_shows_every_measurement():
     text = console.file.getvalue()
     for word in ("title", "forward+backward", "6.50×", "failed", "first call 5.0 s"):
         assert word in text
+
+
+def test_lengths_like_those_of_a_log_are_scaled_to_the_longest():
+    log = log_of(12, 5)
+    case = Case("scaled", 200, 64, 8, lengths=SCALED_LOG)
+    lengths = make_inputs(case, torch.device("cpu"), torch.float32, log=log).keys.lengths
+    real = log.history_lengths()
+    assert set(lengths.tolist()) <= {math.ceil(n * 64 / int(real.max())) for n in real.tolist()}
+    assert lengths.max() == 64
+    with pytest.raises(ValueError, match="log: expected the interactions"):
+        make_inputs(case, torch.device("cpu"), torch.float32)
