@@ -14,14 +14,12 @@ from torch import Tensor
 from . import settings
 from .arguments import Histories, Spec, get
 from .normal_form import NormalForm, normal_form
+from .pooling import pool, pool_rows, pooled
 from .primitives import (
     LN_2,
     exp2,
     load_rows,
     load_vector,
-    pool,
-    pool_rows,
-    pooled,
     scale,
     store_row,
     vector_max,
@@ -122,7 +120,7 @@ def uncovered(unit: Any) -> str | None:
 
 
 def forward(unit: Any, with_scores: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """`out [B, Dv]`, the attention `[T]` if asked for, and the log-sum-exp `[B]`, of a folded call.
+    """`out [B, Dv]`, the attention `[T]` if asked for, and the log-sum-exp `[B]`, of a folded call, in float32.
 
     `unit` is a `recattn.composite.activation_unit.Unit`.
     """
@@ -136,8 +134,8 @@ def forward(unit: Any, with_scores: bool) -> tuple[Tensor, Tensor, Tensor]:
     net = normal_form(unit, bounded_half=True, split=split)
     data = histories(unit)
     batch, total, value_dim = data.batch, data.key.shape[0], data.value.shape[1]
-    out = data.value.new_zeros(batch, value_dim)
     lse = data.key.new_full((batch,), -torch.inf, dtype=torch.float32)
+    out = lse.new_zeros(batch, value_dim)
     scores = lse.new_zeros(total if with_scores else 0)
     if batch == 0 or total == 0:
         return out, scores, lse

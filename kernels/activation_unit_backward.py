@@ -60,7 +60,9 @@ def load_tile(data, row, rest, SPEC: tl.constexpr):
     key, value = data.key + row * get(SPEC, "key_stride"), data.value + row * get(SPEC, "value_stride")
     k = load_rows(key, token, get(SPEC, "key_stride"), valid, get(SPEC, "dim"), get(SPEC, "dim_slab"))
     if get(SPEC, "separate_values"):
-        return k, load_rows(value, token, get(SPEC, "value_stride"), valid, get(SPEC, "value_dim"), get(SPEC, "dim_slab"))
+        return k, load_rows(
+            value, token, get(SPEC, "value_stride"), valid, get(SPEC, "value_dim"), get(SPEC, "dim_slab")
+        )
     else:
         return k, k
 
@@ -133,7 +135,7 @@ def _tokens_kernel(
             rest = (stop - start).to(tl.int32)
             valid = token < rest
             k, v = load_tile(data, row, rest, SPEC)
-            zs, hs, outputs = run_layers(k, first, layers, slopes, DTYPE, SPEC)
+            zs, hs, _outputs = run_layers(k, first, layers, slopes, DTYPE, SPEC)
             s = score(hs[len(hs) - 1], last)  # [BLOCK]
             a, ds = attend_backward(s, v, grads, upstream.grad_scores + row, rest, SPEC)
             _dhs, dzs = run_layers_backward(ds, zs, hs, layers, slopes, last, SPEC)
@@ -198,7 +200,7 @@ def add_layer_sums(sums, outputs, dzs, DTYPE: tl.constexpr, SPEC: tl.constexpr):
 
 
 @triton.jit
-def add_slope_sums(slope_sums, zs, dhs, SPEC: tl.constexpr):
+def add_slope_sums(slope_sums, zs, dhs):
     """Σ_t dL/dh·min(z, 0), as a row. Rare enough for a plain reduction."""
     out = ()
     for i in tl.static_range(len(slope_sums)):
@@ -254,7 +256,7 @@ def _weights_kernel(
             _a, ds = attend_backward(s, v, grads, upstream.grad_scores + row, rest, SPEC)
             dhs, dzs = run_layers_backward(ds, zs, hs, layers, slopes, last, SPEC)
             sums = add_layer_sums(sums, outputs, dzs, DTYPE, SPEC)
-            slope_sums = add_slope_sums(slope_sums, zs, dhs, SPEC)
+            slope_sums = add_slope_sums(slope_sums, zs, dhs)
             scored = tl.broadcast_to(ds[:, None], [BLOCK, 8]).to(DTYPE)
             last_sum = outer_sum(outputs[n - 1], (scored,), last_sum, PRECISION)
             last_bias_sum += ds
@@ -265,14 +267,24 @@ def _weights_kernel(
         size = width(i, SPEC) * width(i - 1, SPEC)
         target = grad_weights[i - 1] + program.to(tl.int64) * size
         add_matrix(
-            target, sums[i - 1][0], 1, width(i, SPEC), widest(i, SPEC), width(i - 1, SPEC), widest(i - 1, SPEC)
+            target,
+            sums[i - 1][0],
+            1,
+            width(i, SPEC),
+            widest(i, SPEC),
+            width(i - 1, SPEC),
+            widest(i - 1, SPEC),
         )
-        store_column(grad_biases[i - 1] + program * width(i, SPEC), sums[i - 1][1], width(i, SPEC), widest(i, SPEC))
+        store_column(
+            grad_biases[i - 1] + program * width(i, SPEC), sums[i - 1][1], width(i, SPEC), widest(i, SPEC)
+        )
     if get(SPEC, "activation") == "leaky_relu":
         for i in tl.static_range(n):
             target = grad_slopes[i] + program * width(i, SPEC)
             store_row(target, slope_sums[i], width(i, SPEC), widest(i, SPEC))
-    store_column(grad_last_weight + program * width(n - 1, SPEC), last_sum, width(n - 1, SPEC), widest(n - 1, SPEC))
+    store_column(
+        grad_last_weight + program * width(n - 1, SPEC), last_sum, width(n - 1, SPEC), widest(n - 1, SPEC)
+    )
     tl.store(grad_last_bias + program, tl.sum(last_bias_sum))
 
 
@@ -350,6 +362,8 @@ def backward(
         grad_last_bias.sum(0),
     )
     slopes = [
-        g.sum(0).sum_to_size(s.shape) for g, s in zip(grad_slopes, unit.slopes, strict=False) if isinstance(s, Tensor)
+        g.sum(0).sum_to_size(s.shape)
+        for g, s in zip(grad_slopes, unit.slopes, strict=False)
+        if isinstance(s, Tensor)
     ]
     return grad_first[:, :dim], grad_key, grad_value, *grads, slopes

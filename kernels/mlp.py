@@ -9,7 +9,6 @@ from .arguments import depth, get, narrowest, widest, width
 from .primitives import (
     activate,
     activate_backward,
-    columns,
     dot,
     load_matrix,
     load_vector,

@@ -56,7 +56,9 @@ def normal_form(unit: Any, bounded_half: bool = False, split: bool = False) -> N
     - with `split`, three matrices in bfloat16 whose sum they are, where fp32 is asked for at its full accuracy."""
     precision = settings.precision(unit.keys.dtype)
     plain = PLAIN.get(unit.activation, Form(unit.activation))
-    folded = FOLDED if precision != "ieee" else SPLIT if split else {}
+    folded = {}
+    if torch.version.hip is None:
+        folded = FOLDED if precision != "ieee" else SPLIT if split else {}
     form = folded.get(unit.activation, plain)
     last_factor = unit.scale * (math.log2(math.e) if unit.normalize == "softmax" else 1.0)
     dtype = unit.keys.dtype

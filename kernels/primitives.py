@@ -275,15 +275,7 @@ def activate_backward(grad, z, h, slope, ACTIVATION: tl.constexpr, APPROX: tl.co
         return grad
 
 
-# ------------------------------------------------------------------------------------------------ pooling
-#
-# The pooled row is kept as a tile: 16 equal rows where a matrix unit makes it. EXACT takes plain FMAs instead, and
-# rows that are yet to be summed: across threads that can wait until all tiles are in.
-
-
-@triton.constexpr_function
-def pool_rows(tokens, exact):
-    return tokens // 2 if exact else 16
+# ------------------------------------------------------------------------------------------------ rows
 
 
 @triton.jit
@@ -292,42 +284,6 @@ def zero_rows(ROWS: tl.constexpr, WIDTH: tl.constexpr, WIDEST: tl.constexpr):
     for i in tl.static_range(slab_count(WIDTH, WIDEST)):
         slabs = slabs + (tl.zeros([ROWS, slab_size(i, WIDTH, WIDEST)], tl.float32),)
     return slabs
-
-
-@triton.jit
-def pool_slab(p, v, acc, EXACT: tl.constexpr, PRECISION: tl.constexpr):
-    ROWS: tl.constexpr = acc.shape[0]
-    if EXACT:
-        # Rows that lie 8 apart are in one thread, where products have left them.
-        terms = tl.reshape(p[:, None] * v, [ROWS // 8, 2, 8, v.shape[1]])
-        return acc + tl.reshape(tl.sum(terms, 1), [ROWS, v.shape[1]])
-    else:
-        rows = tl.broadcast_to(p.to(v.dtype)[None, :], [ROWS, v.shape[0]])
-        return dot(rows, v, acc, PRECISION)
-
-
-@triton.jit
-def pool(p, values, acc, EXACT: tl.constexpr, PRECISION: tl.constexpr):
-    """`acc` with `Σ_t p_t v_t` added, slabs `[pool_rows, size]`."""
-    out = ()
-    for i in tl.static_range(len(values)):
-        out = out + (pool_slab(p, values[i], acc[i], EXACT, PRECISION),)
-    return out
-
-
-@triton.jit
-def pooled(acc, EXACT: tl.constexpr):
-    """What `pool` has summed up, in the first row of slabs."""
-    out = ()
-    for i in tl.static_range(len(acc)):
-        if EXACT:
-            out = out + (tl.sum(acc[i], 0)[None, :],)
-        else:
-            # Rows 8 apart are in one thread: half of them can be dropped there, before they move.
-            halves = tl.permute(tl.reshape(acc[i], [2, 8, acc[i].shape[1]]), (1, 2, 0))
-            half, _same = tl.split(halves)
-            out = out + (half,)
-    return out
 
 
 @triton.jit

@@ -70,7 +70,8 @@ def _fits(launch: Launch, width: int, hidden: Sequence[int], device: torch.devic
     a tile of keys."""
     limit = LEAST_SHARED_MEMORY
     if device.type == "cuda":
-        limit = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+        properties = torch.cuda.get_device_properties(device)
+        limit = getattr(properties, "shared_memory_per_block_optin", limit)
     width, hidden = _round_up(width, 16), [_round_up(n, 16) for n in hidden]
     later = sum(rows * columns for rows, columns in itertools.pairwise(hidden))
     return 8 * width * hidden[0] + 6 * later + 4 * width * launch.block <= limit

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -78,7 +78,7 @@ def forward(unit: Unit) -> tuple[Tensor, Tensor, Tensor]:
 
 def backward(
     unit: Unit, grad_out: Tensor, grad_scores: Tensor | None, delta: Tensor | None, lse: Tensor
-) -> tuple[Tensor, ...]:
+) -> tuple[Any, ...]:
     """Gradients of query (but for its way through c), keys, values, key, product and bias of the folded layer,
     weights, biases, slopes; the last three as lists. `delta [B]` is Σ_t a_t dL/da_t, for softmax."""
     dtype = unit.dtype
