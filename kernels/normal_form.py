@@ -52,7 +52,7 @@ class NormalForm(NamedTuple):
 def normal_form(unit: Any, bounded_half: bool = False, split: bool = False) -> NormalForm:
     """Of a `recattn.composite.activation_unit.Unit`. The weights of layers behind the first are
 
-    - with `bounded_half`, in fp16 where that is as good as tf32: units between -1 and 1 that come from tanh;
+    - with `bounded_half`, in fp16 where that is as good as tf32: for units of tanh's instruction, all within ±1;
     - with `split`, three matrices in bfloat16 whose sum they are, where fp32 is asked for at its full accuracy."""
     precision = settings.precision(unit.keys.dtype)
     plain = PLAIN.get(unit.activation, Form(unit.activation))
@@ -62,7 +62,9 @@ def normal_form(unit: Any, bounded_half: bool = False, split: bool = False) -> N
     form = folded.get(unit.activation, plain)
     last_factor = unit.scale * (math.log2(math.e) if unit.normalize == "softmax" else 1.0)
     dtype = unit.keys.dtype
-    inner_dtype = torch.float16 if bounded_half and precision == "tf32" and form.kernel == "tanh" else dtype
+    approx = precision != "ieee" and torch.version.hip is None and not triton.knobs.runtime.interpret
+    half = bounded_half and approx and precision == "tf32" and form.kernel == "tanh"
+    inner_dtype = torch.float16 if half else dtype
     first = [x if form.inner == 1 else x * form.inner for x in unit.first[1:]]
     *weights, last_weight = unit.weights
     *biases, last_bias = unit.biases
@@ -79,7 +81,6 @@ def normal_form(unit: Any, bounded_half: bool = False, split: bool = False) -> N
         last_weight=_scaled(last_weight, last_factor * form.gain).flatten(),
         last_bias=_shifted(last_weight, last_bias, form, last_factor),
     )
-    approx = precision != "ieee" and torch.version.hip is None and not triton.knobs.runtime.interpret
     hidden = (unit.first.bias.shape[1], *(b.shape[0] for b in biases))
     return NormalForm(network, hidden, precision, approx, form, last_factor)
 
