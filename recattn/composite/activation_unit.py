@@ -21,8 +21,8 @@ from recattn.ops.fold import Folded
 
 __all__ = ["Unit", "backward", "forward", "segment_sum"]
 
-# Bytes of a block's buffers: half of what a core has as its second cache.
-CACHE = 1 << 21
+# Bytes of a block's keys and hidden units, about a core's second cache; smaller ones cost more in calls.
+BLOCK_BYTES = 3 << 19
 ROWS_ON_ACCELERATOR = 1 << 18
 
 
@@ -46,36 +46,73 @@ class Unit(NamedTuple):
         return self.first.bias.dtype
 
 
+class Network:
+    """The MLP of a call on blocks of rows.
+
+    Attributes:
+        first: its first layer.
+        weights, biases: of the layers behind it; the last ones include the scale of the scores.
+        workspace: where blocks are computed.
+        size: how many rows a block has at most.
+    """
+
+    def __init__(self, unit: Unit) -> None:
+        rows, dim = unit.keys.shape
+        row_bytes = unit.dtype.itemsize * (dim + sum(weight.shape[1] for weight in unit.weights))
+        size = max(BLOCK_BYTES // row_bytes, 128) if unit.keys.is_cpu else ROWS_ON_ACCELERATOR
+        self.size = min(size, rows)
+        self.workspace = Workspace(unit.first.bias, self.size)
+        self.first = FirstLayer(unit.first, unit.query.to(unit.dtype), self.workspace)
+        self.weights = [*unit.weights[:-1], unit.weights[-1] * unit.scale]
+        self.biases = [*unit.biases[:-1], unit.biases[-1] * unit.scale]
+        self.activation, self.slopes = unit.activation, unit.slopes
+
+    def hidden(self, block: Block, keys: Tensor, pre: list[Tensor] | None = None) -> list[Tensor]:
+        """The hidden units of each layer, `[rows, H]`; with `pre`, what went into each activation is put there."""
+        z = self.first(block, keys)
+        hidden: list[Tensor] = []
+        for layer, slope in enumerate(self.slopes):
+            if layer:
+                weight, bias = self.weights[layer - 1], self.biases[layer - 1]
+                z = self.workspace(f"hidden {layer}", z.shape[0], weight.shape[0])
+                torch.mm(hidden[-1], weight.t(), out=z).add_(bias)
+            if pre is not None:
+                pre.append(z)
+            hidden.append(activate(z, self.activation, slope))
+        return hidden
+
+    def scores(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
+        """Of the last hidden units, `[rows]`."""
+        return torch.addmv(self.biases[-1], hidden, self.weights[-1][0], out=out)
+
+
 def forward(unit: Unit) -> tuple[Tensor, Tensor, Tensor]:
     """`out [B, Dv]`, the attention `a [T]` and the log-sum-exp `[B]` (of the scaled scores), in `unit.dtype`."""
     total, batch = unit.keys.shape[0], unit.offsets.numel() - 1
     scores = unit.keys.new_zeros(total, dtype=unit.dtype)
     out = unit.values.new_zeros(batch, unit.values.shape[1], dtype=unit.dtype)
     lse = scores.new_full((batch,), -torch.inf if unit.normalize == "softmax" else 0)
-    size = _block_size(unit, copies=1)
-    workspace = Workspace(out, size)
-    first = FirstLayer(unit.first, unit.query.to(unit.dtype), workspace)
-    last = unit.weights[-1][0] * unit.scale, unit.biases[-1] * unit.scale
+    network = Network(unit)
     for span in Histories.of(unit.offsets, total).spans():
-        for block in span.pieces(size):
-            hidden = _hidden(unit, first, block, unit.keys[block.rows].to(unit.dtype), workspace)
-            torch.addmv(last[1], hidden[-1], last[0], out=scores[block.rows])
+        for block in span.pieces(network.size):
+            hidden = network.hidden(block, unit.keys[block.rows].to(unit.dtype))
+            network.scores(hidden[-1], out=scores[block.rows])
         attention = scores[span.rows]
         if unit.normalize == "softmax":
-            lse[span.owners] = _softmax_(attention, span)
+            _softmax_(attention, lse, span)
         out[span.owners] = span.sum(unit.values[span.rows].to(unit.dtype), attention)
-    return out, _without_slack(scores, unit.offsets), lse
+    return out, _zero_slack_(scores, unit.offsets), lse
 
 
-def _softmax_(scores: Tensor, span: Block) -> Tensor:
-    """Softmax over each sequence, in place; returns the log-sum-exp, -inf for empty ones."""
-    of_rows = slice(None) if span.length else span.sequence - span.first
-    top = span.reduce(scores, "max")
-    scores = span.split(scores)
-    scores.sub_(top[of_rows].unsqueeze(1)).exp_()
-    mass = span.reduce(scores.view(-1), "sum")
-    scores.div_(mass[of_rows].unsqueeze(1))
-    return top.add_(mass.log_())
+def _softmax_(scores: Tensor, lse: Tensor, span: Block) -> None:
+    """Softmax over each sequence of a span, in place; its log-sum-exp goes into `lse [B]`."""
+    rows = span.split(scores)
+    lse[span.owners] = span.reduce(scores, "max")
+    rows.sub_(span.take(lse)).exp_()
+    mass = torch.ones_like(lse)
+    mass[span.owners] = span.reduce(scores, "sum")
+    rows.div_(span.take(mass))
+    lse.add_(mass.log_())
 
 
 def backward(
@@ -83,37 +120,30 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor, Tensor, list[Tensor], list[Tensor], list[Tensor]]:
     """Gradients of query (but for its way through c), keys, values, key, product and bias of the folded layer,
     weights, biases, slopes; the last three as lists. `delta [B]` is Σ_t a_t dL/da_t, for softmax."""
-    dtype = unit.dtype
     separate = unit.values is not unit.keys
-    grad_keys = torch.zeros_like(unit.keys) if separate else torch.empty_like(unit.keys)
+    network = Network(unit)
+    workspace, grad_first = network.workspace, FirstLayerGradients(network.first)
+    grad_keys = torch.empty_like(unit.keys)
     grad_values = torch.empty_like(unit.values) if separate else None
     grad_weights = [torch.zeros_like(w) for w in unit.weights]
     grad_biases = [torch.zeros_like(b) for b in unit.biases]
     grad_slopes = [torch.zeros_like(s) for s in unit.slopes if isinstance(s, Tensor)]
-    grad_out = grad_out.to(dtype)
-    size = _block_size(unit, copies=2)
-    workspace = Workspace(grad_out, size)
-    first = FirstLayer(unit.first, unit.query.to(dtype), workspace)
-    grad_first = FirstLayerGradients(first)
-    weights = [*unit.weights[:-1], unit.weights[-1] * unit.scale]
-    bias = unit.biases[-1] * unit.scale
+    grad_out = grad_out.to(unit.dtype)
     spans = Histories.of(unit.offsets, unit.keys.shape[0]).spans()
-    for block in chain.from_iterable(span.pieces(size) for span in spans):
+    for block in chain.from_iterable(span.pieces(network.size) for span in spans):
         rows = block.rows
-        keys = unit.keys[rows].to(dtype)
-        values = unit.values[rows].to(dtype) if separate else keys
+        keys = unit.keys[rows].to(unit.dtype)
+        values = unit.values[rows].to(unit.dtype) if separate else keys
         slack = None
         if not keys.is_cpu:  # as rows of zeros without a gradient it leaves the sums over all rows alone
-            slack = torch.arange(block.begin, block.end, device=keys.device) >= unit.offsets[-1]
+            slack = torch.arange(rows.start, rows.stop, device=keys.device) >= unit.offsets[-1]
             keys = keys.masked_fill(slack.unsqueeze(1), 0)
         pre: list[Tensor] = []
-        hidden = _hidden(unit, first, block, keys, workspace, pre)
-        attention = block.split(torch.addmv(bias, hidden[-1], weights[-1][0]))
-        grad_rows = grad_keys[rows].to(dtype)
-        grad_pooled = grad_rows if grad_values is None else grad_values[rows]
+        hidden = network.hidden(block, keys, pre)
+        attention = block.split(network.scores(hidden[-1]))
 
         upstream = block.take(grad_out, out=workspace("upstream", *values.shape))
-        grad = block.dot(values, upstream, out=grad_pooled)  # dL/da, [n, length]
+        grad = block.dot(values, upstream, out=workspace("scratch", *values.shape))  # dL/da, [n, length]
         if grad_scores is not None:
             grad += block.split(grad_scores[rows])
         if unit.normalize == "softmax":
@@ -123,23 +153,27 @@ def backward(
         grad = grad.view(-1, 1)
         if slack is not None:
             grad.masked_fill_(slack.unsqueeze(1), 0)
-        torch.mul(upstream, attention.unsqueeze(-1), out=block.split(grad_pooled))
 
         for layer in reversed(range(len(hidden))):
             grad_weights[layer].addmm_(grad.t(), hidden[layer])
             grad_biases[layer] += grad.sum(0)
             z = hidden[layer] if unit.activation in FROM_OUTPUT else pre[layer]
-            grad = torch.mm(grad, weights[layer], out=workspace(f"gradient {layer}", *z.shape))
+            grad = torch.mm(grad, network.weights[layer], out=workspace(f"gradient {layer}", *z.shape))
             slope = activation_backward_(grad, z, unit.activation, unit.slopes[layer])
             if slope is not None:
                 grad_slopes[layer] += slope
+        grad_rows = grad_keys[rows].to(unit.dtype)
         grad_first.add(block, keys, grad, grad_rows)
+        if grad_values is None:
+            block.split(grad_rows).addcmul_(upstream, attention.unsqueeze(2))
+        else:
+            torch.mul(upstream, attention.unsqueeze(2), out=block.split(grad_values[rows]))
         if grad_rows.dtype != grad_keys.dtype:
             grad_keys[rows] = grad_rows
     for gradient in (grad_weights[-1], grad_biases[-1]):
         gradient.mul_(unit.scale)
     for gradient in (grad_keys, *([] if grad_values is None else [grad_values])):
-        _without_slack(gradient, unit.offsets)
+        _zero_slack_(gradient, unit.offsets)
     grad_key, grad_product = grad_first.folded.permute(1, 2, 0)
     return (
         grad_first.query,
@@ -154,40 +188,10 @@ def backward(
     )
 
 
-def _hidden(
-    unit: Unit,
-    first: FirstLayer,
-    block: Block,
-    keys: Tensor,
-    workspace: Workspace,
-    pre: list[Tensor] | None = None,
-) -> list[Tensor]:
-    """The hidden units of each layer, `[rows, H]`; with `pre`, what went into each activation is put there."""
-    z = first(block, keys)
-    hidden: list[Tensor] = []
-    for layer, slope in enumerate(unit.slopes):
-        if layer:
-            weight = unit.weights[layer - 1]
-            z = workspace(f"hidden {layer}", keys.shape[0], weight.shape[0])
-            torch.mm(hidden[-1], weight.t(), out=z).add_(unit.biases[layer - 1])
-        if pre is not None:
-            pre.append(z)
-        hidden.append(activate(z, unit.activation, slope))
-    return hidden
-
-
-def _block_size(unit: Unit, copies: int) -> int:
-    """As many rows as fit in cache, where a row takes `copies` times its hidden units."""
-    if not unit.keys.is_cpu:
-        return ROWS_ON_ACCELERATOR
-    width = unit.keys.shape[1] + sum(weight.shape[1] for weight in unit.weights)
-    return max(CACHE // (unit.dtype.itemsize * copies * width), 128)
-
-
-def _without_slack(x: Tensor, offsets: Tensor) -> Tensor:
-    """Zeroes the rows of slack in `[T, ...]`."""
+def _zero_slack_(x: Tensor, offsets: Tensor) -> Tensor:
+    """Zeroes the rows of slack in `[T, ...]`, in place."""
     if x.is_cpu:
-        x[int(offsets[-1]) if offsets.numel() else 0 :].zero_()
+        x[int(offsets[-1]) :].zero_()
         return x
     valid = torch.arange(x.shape[0], device=x.device) < offsets[-1]
     return x.masked_fill_(~valid.reshape(-1, *(1,) * (x.dim() - 1)), 0)

@@ -14,8 +14,8 @@ from torch import Tensor
 
 # From this length on W_eff(q) of a sequence is built faster than q is copied to its rows and multiplied with k.
 LONG = 16
-# As many rows of sequences of one length are worth a block of their own.
-RUN = 512
+# As many rows of sequences of one length repay a span of their own.
+RUN = 2048
 
 
 @dataclass(frozen=True)
@@ -24,8 +24,9 @@ class Histories:
 
     Args:
         offsets: `[B + 1]`, int64.
-        sequence: `[T]`, the sequence of each row; slack is counted to the last one.
-        bounds: the offsets on the host, where reading them costs no synchronisation.
+        sequence: `[T]`, the sequence of each row. Slack is left out on the CPU; elsewhere the last sequence gets it
+            here, but it is in no sum.
+        bounds: the offsets on the host, where reading them does not synchronise.
     """
 
     offsets: Tensor
@@ -43,119 +44,99 @@ class Histories:
         return cls(offsets, torch.repeat_interleave(lengths, output_size=total), None)
 
     def spans(self) -> list[Block]:
-        """Blocks of whole sequences, as long as they can be. Slack is left out on the CPU; elsewhere it belongs to
-        no sequence's sum."""
+        """Blocks of whole sequences, as long as they can be."""
         batch, total = self.offsets.numel() - 1, self.sequence.numel()
         if total == 0:
             return []
         if self.bounds is None:
-            return [Block(self, 0, total, 0, batch)]
+            return [self.ragged(0, total, 0, batch)]
         spans, done, bounds = [], 0, self.bounds
         for first, last, length in [*runs(self.offsets), (batch, batch, 0)]:
             if bounds[done] < bounds[first]:
-                spans.append(Block(self, bounds[done], bounds[first], done, first))
+                spans.append(self.ragged(bounds[done], bounds[first], done, first))
             if length:
-                spans.append(Block(self, bounds[first], bounds[last], first, last, length))
+                spans.append(
+                    Block(self, slice(bounds[first], bounds[last]), slice(first, last), length, None)
+                )
             done = last
         return spans
+
+    def ragged(self, begin: int, end: int, first: int, last: int) -> Block:
+        """The rows `begin` to `end`, of the sequences `first` to `last`."""
+        return Block(self, slice(begin, end), slice(first, last), 1, self.sequence[begin:end])
 
 
 @dataclass(frozen=True)
 class Block:
-    """Rows `begin` to `end`, of the sequences `first` to `last`: `length` of each, or if that is 0 any number of each.
+    """Some rows, and the sequences they are of: `length` rows of each, or any number of each.
 
     Arithmetic between rows and sequences broadcasts over `[n, length, ...]`, where what belongs to a sequence comes
     as `[n, 1, ...]`. If lengths vary, each row stands for a sequence of length 1.
     """
 
     histories: Histories
-    begin: int
-    end: int
-    first: int
-    last: int
-    length: int = 0
-
-    @property
-    def rows(self) -> slice:
-        return slice(self.begin, self.end)
+    rows: slice
+    owners: slice
+    length: int
+    sequence: Tensor | None  # of each row, if lengths vary
 
     @cached_property
-    def rows(self) -> slice:
-        return slice(self.begin, self.end)
-
-    @cached_property
-    def owners(self) -> slice:
-        return slice(self.first, self.last)
-
-    @cached_property
-    def sequence(self) -> Tensor:
-        """Of each row, `[end - begin]`."""
-        return self.histories.sequence[self.rows]
-
-    @cached_property
-    def offsets(self) -> Tensor:
-        """Of the sequences, `[last - first + 1]`, from 0 = `begin`."""
-        offsets = self.histories.offsets[self.first : self.last + 1]
-        return offsets.sub(self.begin).clamp_(0, self.end - self.begin)
-
-    @cached_property
-    def positions(self) -> Tensor:
-        return torch.arange(self.end - self.begin, device=self.histories.offsets.device)
+    def segments(self) -> tuple[Tensor, Tensor]:
+        """The rows from 0, and the sequences' offsets among them."""
+        begin, end = self.rows.start, self.rows.stop
+        offsets = self.histories.offsets[self.owners.start : self.owners.stop + 1]
+        return torch.arange(end - begin, device=offsets.device), offsets.sub(begin).clamp_(0, end - begin)
 
     def split(self, x: Tensor) -> Tensor:
-        """Rows, `[end - begin, ...]`, as `[n, length, ...]`."""
-        return x.view(-1, self.length or 1, *x.shape[1:])
+        """Rows, `[rows, ...]`, as `[n, length, ...]`."""
+        return x.unsqueeze(1) if self.length == 1 else x.unflatten(0, (-1, self.length))
 
     def take(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         """Of `[B, ...]` what belongs to the rows, `[n, 1, ...]`. `out` is there for a copy, if one is made."""
-        if self.length:
+        if self.sequence is None:
             return x[self.owners].unsqueeze(1)
         return torch.index_select(x, 0, self.sequence, out=out).unsqueeze(1)
 
     def dot(self, x: Tensor, y: Tensor, out: Tensor) -> Tensor:
-        """Rows of `[end - begin, C]` times those taken as y, `[n, 1, C]`: `[n, length]`. Overwrites `out`."""
-        if self.length:
+        """Rows of `[rows, C]` times those taken as y, `[n, 1, C]`: `[n, length]`. May overwrite `out [rows, C]`."""
+        if self.sequence is None:
             return torch.bmm(self.split(x), y.mT).squeeze(2)
-        return torch.mul(self.split(x), y, out=self.split(out)).sum(2)
+        return torch.mul(x, y.squeeze(1), out=out).sum(1, keepdim=True)
 
     def sum(self, x: Tensor, weights: Tensor | None = None) -> Tensor:
-        """Sums of the rows of `[end - begin, C]` over each sequence, `[last - first, C]`, weighted if asked."""
-        if not self.length:
-            return segment_sum(x, self.offsets, weights, self.positions)
+        """Sums of `[rows, C]` over each sequence, `[sequences, C]`, weighted if asked."""
+        if self.sequence is not None:
+            rows, offsets = self.segments
+            return segment_sum(x, offsets, weights, rows)
         if weights is None:
             return self.split(x).sum(1)
         return torch.bmm(self.split(weights).unsqueeze(1), self.split(x)).squeeze(1)
 
     def reduce(self, x: Tensor, how: str) -> Tensor:
-        """`"max"` or `"sum"` of `[end - begin]` over each sequence, `[last - first]`."""
-        if not self.length:
-            return torch.segment_reduce(x, how, offsets=self.offsets, unsafe=True)
+        """`"max"` or `"sum"` of `[rows]` over each sequence, `[sequences]`."""
+        if self.sequence is not None:
+            return torch.segment_reduce(x, how, offsets=self.segments[1], unsafe=True)
         return self.split(x).amax(1) if how == "max" else self.split(x).sum(1)
 
     def pieces(self, size: int) -> Iterator[Block]:
         """Blocks of at most `size` rows."""
-        if not self.length:
-            for begin in range(self.begin, self.end, size):
-                yield self._ragged_piece(begin, min(begin + size, self.end))
-        elif self.length <= size:
-            step = size // self.length
-            for first in range(self.first, self.last, step):
-                last = min(first + step, self.last)
-                begin = self.begin + (first - self.first) * self.length
-                yield Block(self.histories, begin, begin + (last - first) * self.length, first, last, self.length)
-        else:
-            for first in range(self.first, self.last):
-                stop = self.begin + (first - self.first + 1) * self.length
-                for begin in range(stop - self.length, stop, size):
-                    end = min(begin + size, stop)
-                    yield Block(self.histories, begin, end, first, first + 1, end - begin)
-
-    def _ragged_piece(self, begin: int, end: int) -> Block:
-        bounds = self.histories.bounds
-        if bounds is None:
-            return Block(self.histories, begin, end, self.first, self.last)
-        first, last = bisect_right(bounds, begin) - 1, bisect_left(bounds, end)
-        return Block(self.histories, begin, end, first, last)
+        rows, owners, bounds = self.rows, self.owners, self.histories.bounds
+        if self.sequence is not None:
+            for begin in range(rows.start, rows.stop, size):
+                end = min(begin + size, rows.stop)
+                first, last = owners.start, owners.stop
+                if bounds is not None:
+                    first, last = bisect_right(bounds, begin) - 1, bisect_left(bounds, end)
+                yield self.histories.ragged(begin, end, first, last)
+            return
+        assert bounds is not None
+        step = max(size // self.length, 1)
+        for first in range(owners.start, owners.stop, step):
+            last = min(first + step, owners.stop)
+            for begin in range(bounds[first], bounds[last], size):
+                end = min(begin + size, bounds[last])
+                length = min(self.length, end - begin)
+                yield Block(self.histories, slice(begin, end), slice(first, last), length, None)
 
 
 class Workspace:
@@ -182,7 +163,7 @@ class Workspace:
 def runs(offsets: Tensor) -> list[tuple[int, int, int]]:
     """Neighbouring sequences of one length that are worth it: the first, the one behind the last, the length."""
     lengths = np.diff(offsets.numpy())
-    edges = np.flatnonzero(np.diff(lengths, prepend=-1, append=-1))
+    edges = np.flatnonzero(np.concatenate(([True], lengths[1:] != lengths[:-1], [True])))
     firsts, ends = edges[:-1], edges[1:]
     length = lengths[firsts]
     worth = (length >= LONG) & (length * (ends - firsts) >= RUN)
@@ -190,14 +171,12 @@ def runs(offsets: Tensor) -> list[tuple[int, int, int]]:
 
 
 def segment_sum(
-    x: Tensor, offsets: Tensor, weights: Tensor | None = None, positions: Tensor | None = None
+    x: Tensor, offsets: Tensor, weights: Tensor | None = None, rows: Tensor | None = None
 ) -> Tensor:
-    """`[n, C]` rows to `[B, C]` sums over the segments, weighted if asked. `positions` are 0 to n - 1, if at hand."""
+    """`[n, C]` to `[B, C]` sums over the segments, weighted if asked. `rows` are 0 to n - 1, if they are at hand."""
     if x.shape[0] == 0:
         return x.new_zeros(offsets.numel() - 1, x.shape[1])
-    if positions is None:
-        positions = torch.arange(x.shape[0], device=x.device)
+    if rows is None:
+        rows = torch.arange(x.shape[0], device=x.device)
     # The rows behind the last offset make a bag of their own, which is dropped.
-    return F.embedding_bag(
-        positions, x, offsets.to(torch.int64), mode="sum", per_sample_weights=weights
-    )[:-1]
+    return F.embedding_bag(rows, x, offsets.to(torch.int64), mode="sum", per_sample_weights=weights)[:-1]

@@ -32,20 +32,20 @@ class FirstLayer:
         """Rows of keys, `[n, D]`, to `z1 [n, H1]`."""
         rows, (dim, width) = keys.shape[0], self.key.shape
         z = self.workspace("hidden 0", rows, width)
-        if block.length:
+        if block.sequence is None:
             effective = self.effective(block)
             torch.addcmul(self.key, self.product, self.query[block.owners].unsqueeze(2), out=effective)
             torch.baddbmm(block.take(self.bias), block.split(keys), effective, out=block.split(z))
             return z
         block.take(self.bias, out=z)
-        query = self.workspace("query", rows, dim)
+        z.addmm_(keys, self.key)  # first, as it hides best that keys come from memory
+        query, products = (self.workspace(name, rows, dim) for name in ("query", "products"))
         block.take(self.query, out=query)
-        products = torch.mul(query, keys, out=self.workspace("products", rows, dim))
-        return z.addmm_(keys, self.key).addmm_(products, self.product)
+        return z.addmm_(torch.mul(query, keys, out=products), self.product)
 
     def effective(self, block: Block) -> Tensor:
         """Room for the W_eff of each sequence of a block, `[m, D, H1]`."""
-        count = block.last - block.first
+        count = block.owners.stop - block.owners.start
         if self._effective.shape[0] < count:
             self._effective = self.key.new_empty(count, *self.key.shape)
         return self._effective[:count]
@@ -73,12 +73,12 @@ class FirstLayerGradients:
         return torch.stack((torch.ones_like(query), query), 1)
 
     def add(self, block: Block, keys: Tensor, grad: Tensor, grad_keys: Tensor) -> None:
-        """From `dL/dz1 [n, H1]`, after the layer's call for the same block; adds to `grad_keys [n, D]` too."""
+        """From `dL/dz1 [n, H1]`, after the layer's call for the same block; overwrites `grad_keys [n, D]`."""
         layer, owners = self.layer, block.owners
         self.bias[owners].add_(block.sum(grad))
-        if block.length:
+        if block.sequence is None:
             grad, effective = block.split(grad), layer.effective(block)
-            block.split(grad_keys).baddbmm_(grad, effective.mT)
+            torch.bmm(grad, effective.mT, out=block.split(grad_keys))
             outer = torch.bmm(block.split(keys).mT, grad, out=effective)  # [m, D, H1]
             self.folded.baddbmm_(self._factors[:, :, owners], outer.transpose(0, 1))
             self.query[owners].add_(outer.mul_(layer.product).sum(2))
@@ -87,5 +87,5 @@ class FirstLayerGradients:
         self.folded[:, 0].addmm_(keys.t(), grad)
         self.folded[:, 1].addmm_(products.t(), grad)
         through = torch.mm(grad, layer.product.t(), out=products)
-        grad_keys.addmm_(grad, layer.key.t()).addcmul_(through, query)
+        torch.mm(grad, layer.key.t(), out=grad_keys).addcmul_(through, query)
         self.query[owners].add_(block.sum(through.mul_(keys)))
