@@ -1,7 +1,7 @@
 """The folded first layer over blocks of rows, and its gradients.
 
-Runs of sequences of one length are multiplied with each sequence's own W_eff(q), `[D, H1]`. Others use the form
-with two blocks, `key k + product (q*k)`, whose weights all sequences share.
+Runs of sequences of one length are multiplied with each sequence's own W_eff(q), `[D, H1]`. Others use the
+form with two blocks, `key k + product (q*k)`, whose weights all sequences share.
 """
 
 from __future__ import annotations
