@@ -21,9 +21,9 @@ from recattn.ops.fold import Folded
 
 __all__ = ["Unit", "backward", "forward", "segment_sum"]
 
-# Bytes of a block's keys and hidden units, about a core's second cache; smaller ones cost more in calls.
-BLOCK_BYTES = 3 << 19
-ROWS_ON_ACCELERATOR = 1 << 18
+# Bytes of the keys and hidden units of a block, by device. On the CPU about a core's second cache: with more
+# they leave it, with less the calls take longer than what they compute.
+BLOCK_BYTES = {"cpu": 3 << 19, "cuda": 1 << 28}
 
 
 class Unit(NamedTuple):
@@ -59,8 +59,8 @@ class Network:
     def __init__(self, unit: Unit) -> None:
         rows, dim = unit.keys.shape
         row_bytes = unit.dtype.itemsize * (dim + sum(weight.shape[1] for weight in unit.weights))
-        size = max(BLOCK_BYTES // row_bytes, 128) if unit.keys.is_cpu else ROWS_ON_ACCELERATOR
-        self.size = min(size, rows)
+        block_bytes = BLOCK_BYTES.get(unit.keys.device.type, BLOCK_BYTES["cuda"])
+        self.size = min(max(block_bytes // row_bytes, 1), rows)
         self.workspace = Workspace(unit.first.bias, self.size)
         self.first = FirstLayer(unit.first, unit.query.to(unit.dtype), self.workspace)
         self.weights = [*unit.weights[:-1], unit.weights[-1] * unit.scale]
@@ -68,7 +68,7 @@ class Network:
         self.activation, self.slopes = unit.activation, unit.slopes
 
     def hidden(self, block: Block, keys: Tensor, pre: list[Tensor] | None = None) -> list[Tensor]:
-        """The hidden units of each layer, `[rows, H]`; with `pre`, what went into each activation is put there."""
+        """The hidden units of each layer, `[rows, H]`. What went into each activation is put into `pre`."""
         z = self.first(block, keys)
         hidden: list[Tensor] = []
         for layer, slope in enumerate(self.slopes):
@@ -87,7 +87,7 @@ class Network:
 
 
 def forward(unit: Unit) -> tuple[Tensor, Tensor, Tensor]:
-    """`out [B, Dv]`, the attention `a [T]` and the log-sum-exp `[B]` (of the scaled scores), in `unit.dtype`."""
+    """`out [B, Dv]`, the attention `a [T]` and the log-sum-exp `[B]` of the scores, in `unit.dtype`."""
     total, batch = unit.keys.shape[0], unit.offsets.numel() - 1
     scores = unit.keys.new_zeros(total, dtype=unit.dtype)
     out = unit.values.new_zeros(batch, unit.values.shape[1], dtype=unit.dtype)
@@ -118,8 +118,8 @@ def _softmax_(scores: Tensor, lse: Tensor, span: Block) -> None:
 def backward(
     unit: Unit, grad_out: Tensor, grad_scores: Tensor | None, delta: Tensor | None, lse: Tensor
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor, Tensor, list[Tensor], list[Tensor], list[Tensor]]:
-    """Gradients of query (but for its way through c), keys, values, key, product and bias of the folded layer,
-    weights, biases, slopes; the last three as lists. `delta [B]` is Σ_t a_t dL/da_t, for softmax."""
+    """Gradients of query (but for its way through c), keys, values, key, product and bias of the folded
+    layer, weights, biases, slopes; the last three as lists. `delta [B]` is Σ_t a_t dL/da_t, for softmax."""
     separate = unit.values is not unit.keys
     network = Network(unit)
     workspace, grad_first = network.workspace, FirstLayerGradients(network.first)

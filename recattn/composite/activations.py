@@ -31,7 +31,7 @@ def activate(z: Tensor, activation: str, slope: Tensor | float) -> Tensor:
 
 
 def activation_backward_(grad: Tensor, z: Tensor, activation: str, slope: Tensor | float) -> Tensor | None:
-    """dL/dh to dL/dz, in place; returns dL/dslope for prelu. `z` is h for the activations of `FROM_OUTPUT`."""
+    """dL/dh to dL/dz, in place; returns dL/dslope for prelu. `z` is h for those of `FROM_OUTPUT`."""
     match activation:
         case "relu":
             aten.threshold_backward.grad_input(grad, z, 0, grad_input=grad)

@@ -1,4 +1,4 @@
-"""Blocks of rows small enough for a cache, and what lies between their rows and the sequences that own them."""
+"""Blocks of rows that fit in a cache, and what lies between their rows and the sequences they are of."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# From this length on W_eff(q) of a sequence is built faster than q is copied to its rows and multiplied with k.
+# From this length on W_eff(q) of a sequence is built faster than q is copied to its rows and multiplied.
 LONG = 16
 # As many rows of sequences of one length repay a span of their own.
 RUN = 2048
@@ -24,8 +24,8 @@ class Histories:
 
     Args:
         offsets: `[B + 1]`, int64.
-        sequence: `[T]`, the sequence of each row. Slack is left out on the CPU; elsewhere the last sequence gets it
-            here, but it is in no sum.
+        sequence: `[T]`, the sequence of each row. On the CPU slack is left out; elsewhere it is counted to
+            the last sequence here, but is in no sum.
         bounds: the offsets on the host, where reading them does not synchronise.
     """
 
@@ -70,8 +70,8 @@ class Histories:
 class Block:
     """Some rows, and the sequences they are of: `length` rows of each, or any number of each.
 
-    Arithmetic between rows and sequences broadcasts over `[n, length, ...]`, where what belongs to a sequence comes
-    as `[n, 1, ...]`. If lengths vary, each row stands for a sequence of length 1.
+    Arithmetic between rows and sequences broadcasts over `[n, length, ...]`, where what belongs to a sequence
+    comes as `[n, 1, ...]`. If lengths vary, each row stands for a sequence of length 1.
     """
 
     histories: Histories
@@ -92,13 +92,14 @@ class Block:
         return x.unsqueeze(1) if self.length == 1 else x.unflatten(0, (-1, self.length))
 
     def take(self, x: Tensor, out: Tensor | None = None) -> Tensor:
-        """Of `[B, ...]` what belongs to the rows, `[n, 1, ...]`. `out` is there for a copy, if one is made."""
+        """Of `[B, ...]` what belongs to the rows, `[n, 1, ...]`. `out` is for a copy, if one is made."""
         if self.sequence is None:
             return x[self.owners].unsqueeze(1)
         return torch.index_select(x, 0, self.sequence, out=out).unsqueeze(1)
 
     def dot(self, x: Tensor, y: Tensor, out: Tensor) -> Tensor:
-        """Rows of `[rows, C]` times those taken as y, `[n, 1, C]`: `[n, length]`. May overwrite `out [rows, C]`."""
+        """`Σ_c x y` of `x [rows, C]` and of what was taken as `y [n, 1, C]`: `[n, length]`. May overwrite
+        `out [rows, C]`."""
         if self.sequence is None:
             return torch.bmm(self.split(x), y.mT).squeeze(2)
         return torch.mul(x, y.squeeze(1), out=out).sum(1, keepdim=True)
@@ -161,7 +162,7 @@ class Workspace:
 
 
 def runs(offsets: Tensor) -> list[tuple[int, int, int]]:
-    """Neighbouring sequences of one length that are worth it: the first, the one behind the last, the length."""
+    """Neighbouring sequences of one length that are worth it: the first, the one behind, the length."""
     lengths = np.diff(offsets.numpy())
     edges = np.flatnonzero(np.concatenate(([True], lengths[1:] != lengths[:-1], [True])))
     firsts, ends = edges[:-1], edges[1:]
@@ -173,7 +174,7 @@ def runs(offsets: Tensor) -> list[tuple[int, int, int]]:
 def segment_sum(
     x: Tensor, offsets: Tensor, weights: Tensor | None = None, rows: Tensor | None = None
 ) -> Tensor:
-    """`[n, C]` to `[B, C]` sums over the segments, weighted if asked. `rows` are 0 to n - 1, if they are at hand."""
+    """`[n, C]` to `[B, C]` sums over the segments, weighted if asked. `rows` are 0 to n - 1, if at hand."""
     if x.shape[0] == 0:
         return x.new_zeros(offsets.numel() - 1, x.shape[1])
     if rows is None:

@@ -1,7 +1,7 @@
 """The folded first layer over blocks of rows, and its gradients.
 
-Rows of long sequences are multiplied with the sequence's own W_eff(q), `[D, H1]`. Rows of short ones, too few to
-repay building it, use the form with two blocks, `key k + product (q*k)`, whose weights all sequences share.
+Runs of sequences of one length are multiplied with each sequence's own W_eff(q), `[D, H1]`. Others use the
+form with two blocks, `key k + product (q*k)`, whose weights all sequences share.
 """
 
 from __future__ import annotations
