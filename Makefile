@@ -13,7 +13,7 @@ $(STAMP): pyproject.toml constraints.txt
 
 bench: $(STAMP)
 	$(BIN)/recattn bench --quick --data movielens --output results
-	$(BIN)/recattn profile --quick --output results
+	$(BIN)/recattn profile --quick --data movielens --output results
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -m "not slow"

@@ -58,7 +58,7 @@ def test_activation_unit(benchmark: Any, case: Case, mode: str, provider: str) -
     except ModuleNotFoundError as error:
         pytest.skip(str(error))
     run, meter = runnable(call, mode, inputs.grad), meter_for(DEVICE)
-    first_ms, deviation = first_call(run, meter, inputs, expected)
+    first_ms, deviation = first_call(run, meter, case, inputs, expected)
     benchmark.group = f"{case.name}, {mode}"
     benchmark.extra_info.update(
         first_ms=first_ms,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,10 +13,21 @@ from torch import Tensor
 
 from . import settings
 from .arguments import Histories, Spec, get
-from .mlp import first_layer, load_network, run_layers, score
 from .normal_form import NormalForm, normal_form
-from .primitives import LN_2, exp2, load_rows, load_vector, pool, scale, store_row, zero_rows
+from .pooling import pool, pool_rows, pooled
+from .primitives import (
+    LN_2,
+    exp2,
+    load_rows,
+    load_vector,
+    scale,
+    store_row,
+    vector_max,
+    vector_sum,
+    zero_rows,
+)
 from .schedule import find_sequence, merge, rows_per_program, slot_of
+from .streamed import first_layer, load_layers, score_tokens
 
 
 @triton.jit
@@ -27,7 +39,7 @@ def _forward_kernel(data, net, out, lse, scores, part, part_state, SPEC: tl.cons
     SOFTMAX: tl.constexpr = get(SPEC, "softmax")
     APPROX: tl.constexpr = get(SPEC, "approx")
     PRECISION: tl.constexpr = get(SPEC, "precision")
-    DTYPE: tl.constexpr = net.key.dtype.element_ty
+    EXACT: tl.constexpr = get(SPEC, "split") or PRECISION == "ieee"
     program = tl.program_id(0)
     total = tl.load(data.offsets + data.batch)
     share = rows_per_program(total, tl.num_programs(0), get(SPEC, "least_rows"))
@@ -36,7 +48,7 @@ def _forward_kernel(data, net, out, lse, scores, part, part_state, SPEC: tl.cons
     if begin >= end:
         return
     sequence = find_sequence(data.offsets, data.batch, begin)
-    layers, slopes, last = load_network(net, SPEC)
+    layers, slopes, last = load_layers(net, SPEC)
     token = tl.arange(0, BLOCK)
     while begin < end:
         if tl.load(data.offsets + sequence + 1) <= begin:  # empty
@@ -50,7 +62,7 @@ def _forward_kernel(data, net, out, lse, scores, part, part_state, SPEC: tl.cons
         first = first_layer(net, q, owner, SPEC)
         peak = tl.full([], float("-inf"), tl.float32)
         mass = tl.zeros([BLOCK], tl.float32)
-        acc = zero_rows(1 if PRECISION == "ieee" else 16, DV, SLAB)
+        acc = zero_rows(pool_rows(BLOCK, EXACT), DV, SLAB)
         k_tile = data.key + begin.to(tl.int64) * get(SPEC, "key_stride")
         v_tile = data.value + begin.to(tl.int64) * get(SPEC, "value_stride")
         for start in tl.range(begin, stop, BLOCK, num_stages=get(SPEC, "stages")):
@@ -62,13 +74,12 @@ def _forward_kernel(data, net, out, lse, scores, part, part_state, SPEC: tl.cons
                 v_tile += BLOCK * get(SPEC, "value_stride")
             else:
                 v = k
-            _zs, hs, _outputs = run_layers(k, first, layers, slopes, DTYPE, SPEC)
-            s = score(hs[len(hs) - 1], last)  # [BLOCK]
+            s = score_tokens(k, first, layers, slopes, last, SPEC)  # [BLOCK]
             if get(SPEC, "with_scores"):
                 tl.store(scores + start + token, s, mask=valid)
             if SOFTMAX:
                 s = tl.where(valid, s, float("-inf"))
-                top = tl.max(s)
+                top = vector_max(s)
                 # Rescaling waits until the maximum has grown 2^8 times: as exact, and rare.
                 if top > peak + 8:
                     factor = exp2(peak - top, APPROX)
@@ -79,15 +90,16 @@ def _forward_kernel(data, net, out, lse, scores, part, part_state, SPEC: tl.cons
                 mass += p
             else:
                 p = tl.where(valid, s, 0.0)
-            acc = pool(p, v, acc, PRECISION)
-        norm = tl.sum(mass)
+            acc = pool(p, v, acc, EXACT, PRECISION)
+        norm = vector_sum(mass)
+        row = pooled(acc, EXACT)
         if slot < 0:
             if SOFTMAX:
-                acc = scale(acc, 1 / norm)
+                row = scale(row, 1 / norm)
                 tl.store(lse + sequence, (peak + tl.log2(norm)) * LN_2)
-            store_row(out + owner * DV, acc, DV, SLAB)
+            store_row(out + owner * DV, row, DV, SLAB)
         else:
-            store_row(part + slot * DV, acc, DV, SLAB)
+            store_row(part + slot * DV, row, DV, SLAB)
             tl.store(part_state + 2 * slot, peak)
             tl.store(part_state + 2 * slot + 1, norm)
         begin = stop
@@ -108,21 +120,29 @@ def uncovered(unit: Any) -> str | None:
 
 
 def forward(unit: Any, with_scores: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """`out [B, Dv]`, the attention `[T]` if asked for, and the log-sum-exp `[B]`, of a folded call.
+    """`out [B, Dv]`, the attention `[T]` if asked for, and the log-sum-exp `[B]`, of a folded call, in float32.
 
     `unit` is a `recattn.composite.activation_unit.Unit`.
     """
-    net = normal_form(unit)
+    hidden = [unit.first.bias.shape[1], *(b.shape[0] for b in unit.biases[:-1])]
+    launch, split = settings.forward(
+        settings.precision(unit.keys.dtype),
+        max(unit.keys.shape[1], unit.values.shape[1]),
+        hidden,
+        unit.keys.device,
+    )
+    net = normal_form(unit, bounded_half=True, split=split)
     data = histories(unit)
     batch, total, value_dim = data.batch, data.key.shape[0], data.value.shape[1]
-    out = data.value.new_zeros(batch, value_dim)
     lse = data.key.new_full((batch,), -torch.inf, dtype=torch.float32)
+    out = lse.new_zeros(batch, value_dim)
     scores = lse.new_zeros(total if with_scores else 0)
     if batch == 0 or total == 0:
         return out, scores, lse
-    launch = settings.FORWARD[net.precision]
     programs = settings.programs(launch, total, data.key.device)
     spec = specialize(unit, data, net, launch, with_scores)
+    if split:
+        spec = replace(spec, precision="tf32", split=True)
     part, part_state = lse.new_empty(2 * programs, value_dim), lse.new_empty(2 * programs, 2)
     _forward_kernel[(programs,)](
         data, net.network, out, lse, scores, part, part_state, SPEC=spec, num_warps=launch.num_warps
@@ -136,12 +156,15 @@ def forward(unit: Any, with_scores: bool) -> tuple[Tensor, Tensor, Tensor]:
 def histories(unit: Any) -> Histories:
     """The data of a call. Rows may lie apart, as long as 32 bits reach across a tile; their elements may not."""
     query, keys, values = (
-        x if x.stride(1) == 1 and x.stride(0) < 1 << 24 else x.contiguous() for x in (unit.query, unit.keys, unit.values)
+        x if x.stride(1) == 1 and x.stride(0) < 1 << 24 else x.contiguous()
+        for x in (unit.query, unit.keys, unit.values)
     )
     return Histories(query, keys, values, unit.offsets, unit.offsets.numel() - 1, query.stride(0))
 
 
-def specialize(unit: Any, data: Histories, net: NormalForm, launch: settings.Launch, with_scores: bool) -> Spec:
+def specialize(
+    unit: Any, data: Histories, net: NormalForm, launch: settings.Launch, with_scores: bool
+) -> Spec:
     return Spec(
         dim=unit.keys.shape[1],
         value_dim=unit.values.shape[1],

@@ -14,7 +14,9 @@ class Histories(NamedTuple):
 
     query: Tensor  # [B, D]
     key: Tensor  # [T, D]
-    value: Tensor  # [T, Dv], the keys if there are no other values; a tuple in Triton has a `values` of its own
+    value: (
+        Tensor  # [T, Dv], the keys if there are no other values; a tuple in Triton has a `values` of its own
+    )
     offsets: Tensor  # [B + 1]
     batch: int
     query_stride: int
@@ -65,6 +67,7 @@ class Spec:
     dim_slab: int  # widest slab of keys and values
     least_rows: int  # fewest rows worth a program
     stages: int
+    split: bool = False  # products of float32 as sums of products of parts, forward only
     warps: int = 1  # that share a tile
 
 

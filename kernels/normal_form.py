@@ -35,6 +35,7 @@ class Form(NamedTuple):
 
 FOLDED = {"sigmoid": Form("tanh", 0.5, 0.5, 0.5), "silu": Form("half_silu", 0.5)}
 PLAIN = {"prelu": Form("leaky_relu")}
+SPLIT = {"sigmoid": Form("logistic2", -math.log2(math.e))}
 
 
 class NormalForm(NamedTuple):
@@ -48,27 +49,38 @@ class NormalForm(NamedTuple):
     last_factor: float
 
 
-def normal_form(unit: Any) -> NormalForm:
-    """Of a `recattn.composite.activation_unit.Unit`."""
+def normal_form(unit: Any, bounded_half: bool = False, split: bool = False) -> NormalForm:
+    """Of a `recattn.composite.activation_unit.Unit`. The weights of layers behind the first are
+
+    - with `bounded_half`, in fp16 where that is as good as tf32: for units of tanh's instruction, all within ±1;
+    - with `split`, three matrices in bfloat16 whose sum they are, where fp32 is asked for at its full accuracy."""
     precision = settings.precision(unit.keys.dtype)
     plain = PLAIN.get(unit.activation, Form(unit.activation))
-    form = plain if precision == "ieee" else FOLDED.get(unit.activation, plain)
+    folded = {}
+    if torch.version.hip is None:
+        folded = FOLDED if precision != "ieee" else SPLIT if split else {}
+    form = folded.get(unit.activation, plain)
     last_factor = unit.scale * (math.log2(math.e) if unit.normalize == "softmax" else 1.0)
     dtype = unit.keys.dtype
+    approx = precision != "ieee" and torch.version.hip is None and not triton.knobs.runtime.interpret
+    half = bounded_half and approx and precision == "tf32" and form.kernel == "tanh"
+    inner_dtype = torch.float16 if half else dtype
     first = [x if form.inner == 1 else x * form.inner for x in unit.first[1:]]
     *weights, last_weight = unit.weights
     *biases, last_bias = unit.biases
+    inner_weights = [_scaled(w, form.inner * form.gain).to(inner_dtype) for w in weights]
+    if split and precision == "ieee":
+        inner_weights = [_bfloat16_parts(w) for w in inner_weights]
     network = Network(
         key=first[0].to(dtype).contiguous(),
         product=first[1].to(dtype).contiguous(),
         first_bias=first[2],
-        weights=tuple(_scaled(w, form.inner * form.gain).to(dtype).contiguous() for w in weights),
+        weights=tuple(w.contiguous() for w in inner_weights),
         biases=tuple(_shifted(w, b, form, form.inner) for w, b in zip(weights, biases, strict=True)),
         slopes=_slopes(unit),
         last_weight=_scaled(last_weight, last_factor * form.gain).flatten(),
         last_bias=_shifted(last_weight, last_bias, form, last_factor),
     )
-    approx = precision != "ieee" and torch.version.hip is None and not triton.knobs.runtime.interpret
     hidden = (unit.first.bias.shape[1], *(b.shape[0] for b in biases))
     return NormalForm(network, hidden, precision, approx, form, last_factor)
 
@@ -103,6 +115,15 @@ def gradients(
         grad_weights.append(weight + factor * shift * bias[:, None] if shift else weight)
         grad_biases.append(_scaled(bias, factor))
     return _scaled(key, inner), _scaled(product, inner), _scaled(first_bias, inner), grad_weights, grad_biases
+
+
+def _bfloat16_parts(x: Tensor) -> Tensor:
+    """`[3, *x.shape]`."""
+    parts = []
+    for _ in range(3):
+        parts.append(x.to(torch.bfloat16))
+        x = x - parts[-1].to(x.dtype)
+    return torch.stack(parts)
 
 
 def _scaled(x: Tensor, factor: float) -> Tensor:

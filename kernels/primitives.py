@@ -75,6 +75,26 @@ def load_vector(pointer, WIDTH: tl.constexpr, WIDEST: tl.constexpr, NARROWEST: t
 
 
 @triton.jit
+def load_slab(
+    pointer,
+    j: tl.constexpr,
+    i: tl.constexpr,
+    ROWS: tl.constexpr,
+    ROW_WIDEST: tl.constexpr,
+    ROW_NARROWEST: tl.constexpr,
+    COLS: tl.constexpr,
+    COL_WIDEST: tl.constexpr,
+):
+    """Slab `[rows, cols]` in row j and column i of slabs of a contiguous `[ROWS, COLS]`; zero past the edges."""
+    row = columns(j, ROWS, ROW_WIDEST, ROW_NARROWEST)[:, None]
+    column = columns(i, COLS, COL_WIDEST)[None, :]
+    if slab_inside(j, ROWS, ROW_WIDEST, ROW_NARROWEST) and slab_inside(i, COLS, COL_WIDEST):
+        return tl.load(pointer + row * COLS + column)
+    else:
+        return tl.load(pointer + row * COLS + column, mask=(row < ROWS) & (column < COLS), other=0.0)
+
+
+@triton.jit
 def load_matrix(
     pointer,
     ROWS: tl.constexpr,
@@ -87,13 +107,7 @@ def load_matrix(
     slabs = ()
     for j in tl.static_range(slab_count(ROWS, ROW_WIDEST, ROW_NARROWEST)):
         for i in tl.static_range(slab_count(COLS, COL_WIDEST)):
-            row = columns(j, ROWS, ROW_WIDEST, ROW_NARROWEST)[:, None]
-            column = columns(i, COLS, COL_WIDEST)[None, :]
-            if slab_inside(j, ROWS, ROW_WIDEST, ROW_NARROWEST) and slab_inside(i, COLS, COL_WIDEST):
-                slabs = slabs + (tl.load(pointer + row * COLS + column),)
-            else:
-                inside = (row < ROWS) & (column < COLS)
-                slabs = slabs + (tl.load(pointer + row * COLS + column, mask=inside, other=0.0),)
+            slabs = slabs + (load_slab(pointer, j, i, ROWS, ROW_WIDEST, ROW_NARROWEST, COLS, COL_WIDEST),)
     return slabs
 
 
@@ -135,6 +149,23 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def split_tf32(x):
+    """`(high, low)`, whose sum is x: the first x rounded to tf32, the second what is missing. Products of two low
+    parts can be left out, as they are below fp32's last bit; had high been truncated, they were not."""
+    high = ((x.to(tl.uint32, bitcast=True) + 0x1000) & 0xFFFFE000).to(tl.float32, bitcast=True)
+    return high, x - high
+
+
+@triton.jit
+def split_bfloat16(x):
+    """Three parts in bfloat16, whose sum is x but for its last bit."""
+    high = x.to(tl.bfloat16)
+    x -= high.to(tl.float32)
+    middle = x.to(tl.bfloat16)
+    return high, middle, (x - middle.to(tl.float32)).to(tl.bfloat16)
+
+
+@triton.jit
 def exp2(x, APPROX: tl.constexpr):
     if APPROX:
         return tl.inline_asm_elementwise(
@@ -157,23 +188,35 @@ def tanh(x, APPROX: tl.constexpr):
 
 
 @triton.jit
-def multiply_add(a, b, c, APPROX: tl.constexpr):
+def vector_max(x):
+    """Of a vector. Through a column, which stays in the threads where x is: a scalar is reduced through memory."""
+    return tl.max(tl.max(x[:, None], 0), 0)
+
+
+@triton.jit
+def vector_sum(x):
+    return tl.sum(tl.sum(x[:, None], 0), 0)
+
+
+@triton.jit
+def multiply_add(a, b, c, APPROX: tl.constexpr, PURE: tl.constexpr = False):
     """`a·b + c` in the dtype of a, rounded once.
 
-    The asm is volatile on purpose: a pure value would be computed again, in registers, for every product that
-    reads it, instead of being kept in shared memory.
+    The asm is volatile unless PURE: a pure value may be computed again, in registers, for every product that
+    reads it, instead of being kept in shared memory. A volatile one is written there by every tile that reads
+    it, where a compiler does not move the write out of the loop over tiles: Triton 3.9 does not.
     """
     if APPROX and a.dtype == tl.bfloat16:
         return tl.inline_asm_elementwise(
-            "fma.rn.bf16x2 $0, $1, $2, $3;", "=r,r,r,r", [a, b, c], dtype=tl.bfloat16, is_pure=False, pack=2
+            "fma.rn.bf16x2 $0, $1, $2, $3;", "=r,r,r,r", [a, b, c], dtype=tl.bfloat16, is_pure=PURE, pack=2
         )
     elif APPROX and a.dtype == tl.float16:
         return tl.inline_asm_elementwise(
-            "fma.rn.f16x2 $0, $1, $2, $3;", "=r,r,r,r", [a, b, c], dtype=tl.float16, is_pure=False, pack=2
+            "fma.rn.f16x2 $0, $1, $2, $3;", "=r,r,r,r", [a, b, c], dtype=tl.float16, is_pure=PURE, pack=2
         )
     elif APPROX:
         return tl.inline_asm_elementwise(
-            "fma.rn.f32 $0, $1, $2, $3;", "=f,f,f,f", [a, b, c], dtype=tl.float32, is_pure=False, pack=1
+            "fma.rn.f32 $0, $1, $2, $3;", "=f,f,f,f", [a, b, c], dtype=tl.float32, is_pure=PURE, pack=1
         )
     else:
         return (a.to(tl.float32) * b.to(tl.float32) + c.to(tl.float32)).to(a.dtype)
@@ -184,11 +227,14 @@ def multiply_add(a, b, c, APPROX: tl.constexpr):
 
 @triton.jit
 def activate(z, slope, ACTIVATION: tl.constexpr, APPROX: tl.constexpr):
-    """`half_silu(z)` is silu(2z) = z·tanh(z) + z; the others are what they are called."""
+    """`half_silu(z)` is silu(2z) = z·tanh(z) + z, `logistic2(z)` sigmoid(-z·ln 2); the others are what they are
+    called."""
     if ACTIVATION == "tanh":
         return tanh(z, APPROX)
     elif ACTIVATION == "sigmoid":
         return 1 / (1 + tl.exp(-z))
+    elif ACTIVATION == "logistic2":
+        return 1 / (1 + tl.exp2(z))
     elif ACTIVATION == "half_silu":
         return z * tanh(z, APPROX) + z
     elif ACTIVATION == "silu":
@@ -266,9 +312,7 @@ def times_tanh_slope(grad, h, APPROX: tl.constexpr):
         return grad * (h * h - 1)
 
 
-# ------------------------------------------------------------------------------------------------ pooling
-#
-# The pooled row is kept as a tile: 16 equal rows where a matrix unit makes it, one row where plain FMAs do.
+# ------------------------------------------------------------------------------------------------ rows
 
 
 @triton.jit
@@ -277,20 +321,6 @@ def zero_rows(ROWS: tl.constexpr, WIDTH: tl.constexpr, WIDEST: tl.constexpr):
     for i in tl.static_range(slab_count(WIDTH, WIDEST)):
         slabs = slabs + (tl.zeros([ROWS, slab_size(i, WIDTH, WIDEST)], tl.float32),)
     return slabs
-
-
-@triton.jit
-def pool(p, values, acc, PRECISION: tl.constexpr):
-    """`acc + Σ_t p_t v_t`, slabs `[ROWS, size]`."""
-    out = ()
-    for i in tl.static_range(len(values)):
-        v = values[i]
-        if acc[i].shape[0] == 1:
-            out = out + (acc[i] + tl.sum(p[:, None] * v, 0)[None, :],)
-        else:
-            rows = tl.broadcast_to(p.to(v.dtype)[None, :], [acc[i].shape[0], v.shape[0]])
-            out = out + (dot(rows, v, acc[i], PRECISION),)
-    return out
 
 
 @triton.jit

@@ -96,7 +96,13 @@ def _merge_kernel(
 
 
 def merge(
-    part: Tensor, part_state: Tensor | None, offsets: Tensor, out: Tensor, lse: Tensor, programs: int, least_rows: int
+    part: Tensor,
+    part_state: Tensor | None,
+    offsets: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    programs: int,
+    least_rows: int,
 ) -> None:
     """Joins the parts `[2·programs, width]` of cut sequences into their rows of `out [B, width]`: sums, or with
     each part's `(maximum, sum)` of exponentials in base 2, the softmax's average and log-sum-exp."""

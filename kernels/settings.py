@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
+import itertools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -22,11 +23,19 @@ class Launch(NamedTuple):
 
 WIDEST = 128  # of keys, values and hidden layers
 
+# By the width of keys and values, and by precision: "split" is fp32 at its full accuracy by tf32 and bfloat16 parts,
+# "ieee" by plain FMAs. Slabs of keys wider than 128 bytes make the compiler keep an address for each of their rows.
 FORWARD = {
-    "half": Launch(32, 1, 2, 16, (32, 8), 64, 256, 8),
-    "tf32": Launch(16, 1, 2, 16, (32, 8), 64, 256, 8),
-    "ieee": Launch(16, 2, 1, 16, (32, 8), 64, 256, 4),
+    ("narrow", "half"): Launch(32, 1, 2, 64, (32, 8), 64, 256, 8),
+    ("narrow", "tf32"): Launch(32, 1, 2, 32, (32, 8), 32, 256, 8),
+    ("narrow", "split"): Launch(32, 2, 1, 32, (32, 8), 64, 256, 4),
+    ("narrow", "ieee"): Launch(16, 2, 1, 16, (32, 8), 64, 256, 4),
+    ("broad", "half"): Launch(16, 1, 2, 64, (32, 8), 64, 256, 8),
+    ("broad", "tf32"): Launch(32, 1, 2, 16, (32, 8), 32, 256, 4),
+    ("broad", "split"): Launch(32, 2, 1, 16, (32, 8), 32, 256, 4),
+    ("broad", "ieee"): Launch(16, 2, 1, 16, (32, 8), 64, 256, 4),
 }
+NARROW = 64
 
 # "split" is "ieee" where products of float32 are made of several narrower ones.
 BACKWARD_TOKENS = {
@@ -51,18 +60,44 @@ def precision(dtype: torch.dtype) -> str:
     return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 
+def forward(precision: str, width: int, hidden: Sequence[int], device: torch.device) -> tuple[Launch, bool]:
+    """Settings for keys and values up to `width` wide, and whether operands are split."""
+    size = "narrow" if width <= NARROW else "broad"
+    split = FORWARD[size, "split"]
+    if precision == "ieee" and torch.version.hip is None and _fits(split, width, hidden, device):
+        return split, True
+    return FORWARD[size, precision], False
+
+
+def _fits(launch: Launch, width: int, hidden: Sequence[int], device: torch.device) -> bool:
+    """Whether shared memory holds two tf32 parts of the first layer's weight, three bfloat16 parts of the others, and
+    a tile of keys."""
+    width, hidden = _round_up(width, 16), [_round_up(n, 16) for n in hidden]
+    later = sum(rows * columns for rows, columns in itertools.pairwise(hidden))
+    return 8 * width * hidden[0] + 6 * later + 4 * width * launch.block <= _shared_memory(device)
+
+
+def _shared_memory(device: torch.device) -> int:
+    """How much of it a program can have; where there is no GPU to ask, as on an A100."""
+    if device.type != "cuda":
+        return 160 << 10
+    # The least that an NVIDIA GPU of compute capability 8.0 and up has, if PyTorch does not tell.
+    return getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 99 << 10)
+
+
+def _round_up(n: int, step: int) -> int:
+    return -(-n // step) * step
+
+
 def can_split(dim: int, hidden: tuple[int, ...], device: torch.device) -> bool:
     """Whether backward can make its float32 products of several narrower ones each, exact but for the last
     bits. Shared memory has to hold three bfloat16 parts of all weights, in two layouts, and of a tile's keys and
     gradients."""
     if torch.version.hip is not None or triton.knobs.runtime.interpret:
         return False
-    weights = dim * hidden[0] + sum(m * n for m, n in pairwise(hidden))
+    weights = dim * hidden[0] + sum(m * n for m, n in itertools.pairwise(hidden))
     needed = 12 * weights + 32 * (12 * dim + 6 * hidden[0])
-    available = 160 << 10
-    if device.type == "cuda":
-        available = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
-    return needed <= available
+    return needed <= _shared_memory(device)
 
 
 def programs(launch: Launch, rows: int, device: torch.device) -> int:

@@ -96,7 +96,7 @@ def activation_unit(
     _check_layers(query, weights, biases, slopes, features)
     if VALIDATE:
         Jagged(keys, offsets).validate()
-    out, attention, _ = _op.forward_op(
+    out, attention, *_ = _op.forward_op(
         query,
         keys,
         offsets,

@@ -106,9 +106,9 @@ class Jagged:
             padded: `[B, L, ...]`.
             lengths: `[B]` integers, right padding; a length over L counts as L. Or instead:
             mask: `[B, L]`, bool or integers, non-zero where a position counts. Any pattern: left padding, holes.
-            total: the number of valid positions, if the host knows it. Without it nothing is copied to the
-                host: on an accelerator the result then has B·L rows, the last of which are slack. On the CPU
-                the rows are counted.
+            total: the number of valid positions, if the host knows it; positions over it are dropped. Without
+                it nothing is copied to the host: on an accelerator the result then has B·L rows, the last of
+                which are slack. On the CPU the rows are counted.
         """
         if padded.dim() < 2:
             raise ValueError(f"padded: expected [B, L, ...], got {tuple(padded.shape)}")
@@ -128,6 +128,7 @@ class Jagged:
         offsets = offsets_of(valid.sum(1))
         if total is None:
             total = int(offsets[-1]) if padded.device.type == "cpu" else batch * longest
+        offsets = offsets.clamp_max(total)
         # Where each valid position goes; the others all go to one row past the end, which is dropped.
         flat = valid.reshape(-1)
         target = torch.where(flat, flat.cumsum(0) - 1, total).clamp_max(total)
@@ -152,7 +153,7 @@ class Jagged:
         return padded.masked_fill(~valid.reshape(valid.shape + (1,) * len(trailing)), padding_value)
 
     @staticmethod
-    def from_nested(nested: Tensor) -> Jagged:
+    def from_nested(nested: Any) -> Jagged:
         """From a nested tensor with `layout=torch.jagged`, `[B, *, ...]`, ragged in dimension 1."""
         if not nested.is_nested or nested.layout != torch.jagged:
             raise TypeError(

@@ -331,3 +331,9 @@ def test_off_the_cpu_the_batch_is_packed_without_counting_its_rows() -> None:
         assert x.values.shape == (BATCH * LONGEST, WIDTH)
         assert x.offsets.shape == (BATCH + 1,)
         assert x.to_padded(2).shape == (BATCH, 2, WIDTH)
+
+
+def test_a_total_that_is_too_small_never_leaves_offsets_past_the_rows() -> None:
+    packed = Jagged.from_padded(torch.arange(12.0).reshape(3, 4), lengths=torch.tensor([2, 4, 3]), total=5)
+    assert packed.values.tolist() == [0, 1, 4, 5, 6]
+    assert packed.validate().lengths.tolist() == [2, 3, 0]

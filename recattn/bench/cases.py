@@ -15,6 +15,7 @@ from recattn.data import Examples, Interactions, sample_lengths
 from recattn.jagged import Jagged
 
 FROM_LOG = "log"
+SCALED_LOG = "scaled log"
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,8 @@ class Case:
         dim: D.
         hidden: widths of the hidden layers.
         activation, normalize: as in `recattn.functional.activation_unit`.
-        lengths: a distribution of `recattn.data.sample_lengths`, or `"log"`: the histories of a log.
+        lengths: a distribution of `recattn.data.sample_lengths`; or `"log"`, the histories of a log; or
+            `"scaled log"`, the lengths of a log's histories, scaled so that the longest possible is L.
         fill: mean length over L, where the distribution has one to choose.
         quick: whether a quick run includes it.
     """
@@ -146,7 +148,7 @@ def make_inputs(
     else:
         if case.max_length is None:
             raise ValueError(f"max_length: expected a length for lengths {case.lengths!r}, got None")
-        lengths = sample_lengths(case.lengths, case.batch, case.max_length, fill=case.fill, seed=seed)
+        lengths = draw_lengths(case, case.max_length, log, seed)
         query = torch.randn(case.batch, case.dim, generator=generator)
         keys = Jagged.from_lengths(torch.randn(int(lengths.sum()), case.dim, generator=generator), lengths)
     longest = int(keys.lengths.max()) if case.max_length is None else case.max_length
@@ -160,6 +162,19 @@ def make_inputs(
         biases=[layer.bias.detach().to(device, dtype) for layer in layers],
         grad=grad.to(device, dtype),
     )
+
+
+def draw_lengths(case: Case, max_length: int, log: Interactions | None, seed: int) -> Tensor:
+    """`[B]`, of a distribution or like those of a log."""
+    if case.lengths != SCALED_LOG:
+        return sample_lengths(case.lengths, case.batch, max_length, fill=case.fill, seed=seed)
+    if log is None:
+        raise ValueError(
+            f"log: expected the interactions that case {case.name!r} takes its lengths from, got None"
+        )
+    lengths = log.history_lengths()
+    rows = torch.randint(len(lengths), (case.batch,), generator=torch.Generator().manual_seed(seed))
+    return (lengths[rows] * max_length / lengths.max()).ceil().to(torch.int64)
 
 
 def _from_log(

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from recattn.bench.measure import Measurement
+from recattn.data import Interactions, fetch_movielens, read_movielens
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -21,6 +22,13 @@ if TYPE_CHECKING:
 DTYPES = {
     str(t).removeprefix("torch."): t for t in (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 }
+
+
+def read_log(data: str) -> Interactions | None:
+    """The log that `--data` names: none for `synthetic`, MovieLens-100K for `movielens`, or a folder's."""
+    if data == "synthetic":
+        return None
+    return read_movielens(fetch_movielens() if data == "movielens" else Path(data))
 
 
 def add_device_arguments(parser: argparse.ArgumentParser) -> None:

@@ -17,13 +17,12 @@ from recattn.bench.scaling import Curve
 if TYPE_CHECKING:
     from rich.table import Table
 
-COLUMNS = ("provider", "ms", "p20–p80", "faster by", "peak MiB", "smaller by", "max error", "")
+COLUMNS = ("provider", "ms", "p20–p80", "faster by", "peak MiB", "smaller by", "error", "")
 _LEFT = ("mode", "provider", "")
-SLOW_MS = 2e3  # a first call that takes longer is worth a note
 LEGEND = (
     "Medians of interleaved calls. faster by, smaller by: time and peak memory of a provider over those of"
-    " recattn. Peak memory: tensors alive at once, inputs not counted. max error: against float64, relative"
-    " to the largest element."
+    " recattn. Peak memory: tensors alive at once, inputs not counted. error: against float64, relative to"
+    " the largest element."
 )
 
 
@@ -114,7 +113,9 @@ def _cells(m: Measurement, own: Measurement | None) -> tuple[str, ...]:
         faster, smaller = f"{m.ms / own.ms:.2f}×", f"{m.peak_bytes / own.peak_bytes:.2f}×"
     spread = f"{milliseconds(m.ms_p20)}–{milliseconds(m.ms_p80)}"
     error = "" if m.deviation is None else f"{m.deviation:.0e}"
-    note = f"first call {m.first_ms / 1e3:.1f} s" if m.first_ms is not None and m.first_ms > SLOW_MS else ""
+    note = ""
+    if m.first_ms is not None and m.first_ms > max(1e3, 3 * m.ms):
+        note = f"first call {m.first_ms / 1e3:.1f} s"
     return (
         m.provider,
         milliseconds(m.ms),

@@ -7,11 +7,10 @@ from pathlib import Path
 
 from recattn.bench import report
 from recattn.bench.cases import CASES, make_inputs, select_cases
-from recattn.bench.console import add_device_arguments, chosen_device, progress, write_records
+from recattn.bench.console import add_device_arguments, chosen_device, progress, read_log, write_records
 from recattn.bench.measure import Measurement, measure
 from recattn.bench.providers import PROVIDERS
 from recattn.bench.timing import meter_for
-from recattn.data import Interactions, fetch_movielens, read_movielens
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -43,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
             raise ValueError(f"provider: expected some of {', '.join(PROVIDERS)}, got {name!r}")
     providers = {name: PROVIDERS[name] for name in names}
     cases = select_cases(args.case, from_log=args.data != "synthetic", quick=args.quick)
-    log = _read_log(args.data)
+    log = read_log(args.data)
     heading = f"activation_unit on {report.environment(device, dtype)}, data: {args.data}"
     budget, rounds = (2.0, (3, 50)) if args.quick else (10.0, (5, 200))
     measured: list[Measurement] = []
@@ -67,9 +66,3 @@ def run(args: argparse.Namespace) -> int:
         text = "\n".join([f"# Benchmark\n\n{heading}.\n\n{report.LEGEND}\n", *sections])
         (args.output / "bench.md").write_text(text, encoding="utf-8")
     return int(any(m.error for m in measured if m.provider == "recattn"))
-
-
-def _read_log(data: str) -> Interactions | None:
-    if data == "synthetic":
-        return None
-    return read_movielens(fetch_movielens() if data == "movielens" else Path(data))

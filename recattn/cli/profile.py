@@ -8,14 +8,21 @@ from pathlib import Path
 from typing import Any
 
 from recattn.bench import report
-from recattn.bench.cases import Case, make_inputs
-from recattn.bench.console import add_device_arguments, chosen_device, positive, progress, write_json
+from recattn.bench.cases import SCALED_LOG, Case, draw_lengths, make_inputs
+from recattn.bench.console import (
+    add_device_arguments,
+    chosen_device,
+    positive,
+    progress,
+    read_log,
+    write_json,
+)
 from recattn.bench.measure import MODES, Measurement, measure
 from recattn.bench.plot import plot_scaling
 from recattn.bench.providers import PROVIDERS
 from recattn.bench.scaling import Curve, curves
 from recattn.bench.timing import meter_for
-from recattn.data import LENGTH_DISTRIBUTIONS, sample_lengths
+from recattn.data import LENGTH_DISTRIBUTIONS
 
 QUICK_LENGTHS = tuple(2**n for n in range(4, 13))
 LENGTHS = tuple(2**n for n in range(4, 15))
@@ -31,6 +38,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--hidden", type=positive, nargs="+", default=[80, 40], help="default: 80 40")
     parser.add_argument(
         "--distribution", default="lognormal", choices=LENGTH_DISTRIBUTIONS, help="default: %(default)s"
+    )
+    parser.add_argument(
+        "--data",
+        default="synthetic",
+        metavar="synthetic|movielens|PATH",
+        help="lengths: of --distribution, or like those of MovieLens-100K or of a MovieLens data set in a folder,"
+        " scaled to L (default: %(default)s)",
     )
     parser.add_argument("--fill", type=float, default=0.2, help="mean length over L (default: %(default)s)")
     parser.add_argument("--compile", action="store_true", help="torch.compile too")
@@ -54,13 +68,13 @@ def run(args: argparse.Namespace) -> int:
     meter = meter_for(device)
     batch = args.batch or (32 if device.type == "cpu" else 256)
     hidden = tuple(args.hidden)
-    case = Case("sweep", batch, None, args.dim, hidden, lengths=args.distribution, fill=args.fill)
+    log = read_log(args.data)
+    distribution = args.distribution if log is None else SCALED_LOG
+    case = Case("sweep", batch, None, args.dim, hidden, lengths=distribution, fill=args.fill)
     budget, rounds = (0.5, (3, 30)) if args.quick else (3.0, (5, 100))
-    drawn = sample_lengths(args.distribution, batch, lengths[-1], fill=args.fill)
-    fill = float(drawn.double().mean()) / lengths[-1]
-    setting = (
-        f"activation_unit, B={batch}, D={args.dim}, hidden {hidden}, {args.distribution}, {fill:.0%} full"
-    )
+    fill = float(draw_lengths(case, lengths[-1], log, seed=0).double().mean()) / lengths[-1]
+    lengths_like = args.distribution if log is None else f"lengths as in {args.data}"
+    setting = f"activation_unit, B={batch}, D={args.dim}, hidden {hidden}, {lengths_like}, {fill:.0%} full"
     machine = report.environment(device, dtype)
     measured: dict[int, list[Measurement]] = {}
     with progress(len(lengths)) as bar:
@@ -68,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
         for length in lengths:
             bar.begin(f"L={length}")
             at_length = replace(case, name=f"L={length}", max_length=length)
-            inputs = make_inputs(at_length, device, dtype)
+            inputs = make_inputs(at_length, device, dtype, log=log)
             measured[length] = measure(
                 at_length, inputs, providers, meter, budget=budget, rounds=rounds, on_step=bar.say
             )

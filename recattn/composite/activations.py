@@ -30,27 +30,22 @@ def activate(z: Tensor, activation: str, slope: Tensor | float) -> Tensor:
     raise NotImplementedError(f"activation {activation!r}")
 
 
-def activation_backward(
-    grad: Tensor, z: Tensor, activation: str, slope: Tensor | float
-) -> tuple[Tensor, Tensor | None]:
-    """dL/dz from dL/dh, and dL/dslope for prelu. `z` is h for the activations of `FROM_OUTPUT`."""
+def activation_backward_(grad: Tensor, z: Tensor, activation: str, slope: Tensor | float) -> Tensor | None:
+    """dL/dh to dL/dz, in place; returns dL/dslope for prelu. `z` is h for those of `FROM_OUTPUT`."""
     match activation:
-        case "sigmoid":
-            return aten.sigmoid_backward(grad, z), None
-        case "tanh":
-            return aten.tanh_backward(grad, z), None
         case "relu":
-            return aten.threshold_backward(grad, z, 0), None
-        case "silu":
-            return aten.silu_backward(grad, z), None
-        case "gelu":
-            return aten.gelu_backward(grad, z), None
+            aten.threshold_backward.grad_input(grad, z, 0, grad_input=grad)
+        case "sigmoid" | "tanh" | "silu" | "gelu":
+            getattr(aten, activation + "_backward").grad_input(grad, z, grad_input=grad)
         case "leaky_relu":
-            return aten.leaky_relu_backward(grad, z, slope, False), None
+            aten.leaky_relu_backward.grad_input(grad, z, slope, False, grad_input=grad)
         case "prelu":
             assert isinstance(slope, Tensor)
-            grad_slope = (grad * z.clamp_max(0)).sum(0)
-            return grad * torch.where(z > 0, 1, slope), grad_slope.sum_to_size(slope.shape)
+            grad_slope = (grad * z.clamp_max(0)).sum(0).sum_to_size(slope.shape)
+            grad.mul_(torch.where(z > 0, 1, slope))
+            return grad_slope
         case "identity":
-            return grad, None
-    raise NotImplementedError(f"activation {activation!r}")
+            pass
+        case _:
+            raise NotImplementedError(f"activation {activation!r}")
+    return None

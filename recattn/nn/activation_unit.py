@@ -96,7 +96,7 @@ class ActivationUnit(Twin):
         padded = isinstance(keys, Tensor) and not keys.is_nested
         if not padded and (lengths is not None or mask is not None):
             raise ValueError("lengths, mask: expected None, since keys are not padded")
-        if padded and keys.dim() != 3:
+        if isinstance(keys, Tensor) and not keys.is_nested and keys.dim() != 3:
             raise ValueError(f"keys: expected [B, L, D], got {list(keys.shape)}")
         history = _to_jagged(keys, lengths, mask)
         if query.shape != (history.batch_size, self.dim):

@@ -23,10 +23,11 @@ _ARGUMENTS = (
     " Tensor[] slopes, str[] features, str activation, float negative_slope, str normalize, float scale"
 )
 LIBRARY.define(
-    f"activation_unit({_ARGUMENTS}, bool return_scores, str backend) -> (Tensor out, Tensor scores, Tensor lse)"
+    f"activation_unit({_ARGUMENTS}, bool return_scores, str backend) "
+    " -> (Tensor out, Tensor scores, Tensor lse, Tensor exact_out)"
 )
 LIBRARY.define(
-    f"activation_unit_backward(Tensor grad_out, Tensor? grad_scores, Tensor out, Tensor scores, Tensor lse,"
+    f"activation_unit_backward(Tensor grad_out, Tensor? grad_scores, Tensor exact_out, Tensor scores, Tensor lse,"
     f" {_ARGUMENTS}, str backend) -> Tensor[]"
 )
 forward_op = torch.ops.recattn.activation_unit.default
@@ -49,7 +50,9 @@ def _unit(
 ) -> composite.Unit:
     """The call with its first layer folded, in fp32 at least."""
     dtype = torch.promote_types(keys.dtype, torch.float32)
-    weights, biases = [w.to(dtype) for w in weights], [b.to(dtype) for b in biases]
+    weights, biases, slopes = (
+        [t.to(dtype).contiguous() for t in group] for group in (weights, biases, slopes)
+    )
     return composite.Unit(
         query=query,
         keys=keys,
@@ -58,14 +61,14 @@ def _unit(
         first=fold(weights[0], biases[0], query.to(dtype), features),
         weights=weights[1:],
         biases=biases[1:],
-        slopes=[s.to(dtype) for s in slopes] or [negative_slope] * (len(weights) - 1),
+        slopes=slopes or [negative_slope] * (len(weights) - 1),
         activation=activation,
         normalize=normalize,
         scale=scale,
     )
 
 
-def _forward(*arguments: Any, on_gpu: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _forward(*arguments: Any, on_gpu: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     *call, return_scores, backend = arguments
     unit = _unit(*call)
 
@@ -78,13 +81,16 @@ def _forward(*arguments: Any, on_gpu: bool) -> tuple[Tensor, Tensor, Tensor]:
         backend, on_gpu, partial(_uncovered, unit), triton, partial(composite.forward, unit)
     )
     dtype = unit.values.dtype
-    return out.to(dtype), scores.to(dtype) if return_scores else scores.new_empty(0, dtype=dtype), lse
+    scores = scores.to(dtype) if return_scores else scores.new_empty(0, dtype=dtype)
+    if dtype == out.dtype:
+        return out, scores, lse, out.new_empty(0)
+    return out.to(dtype), scores, lse, out  # which backward needs before it was rounded
 
 
 def _backward(
     grad_out: Tensor,
     grad_scores: Tensor | None,
-    out: Tensor,
+    exact_out: Tensor,
     scores: Tensor,
     lse: Tensor,
     *arguments: Any,
@@ -94,7 +100,7 @@ def _backward(
     unit = _unit(*call)
     delta = None
     if unit.normalize == "softmax":  # Σ_t a_t dL/da_t, where Σ_t a_t v_t is out
-        delta = torch.linalg.vecdot(grad_out.to(unit.dtype), out.to(unit.dtype))
+        delta = torch.linalg.vecdot(grad_out.to(unit.dtype), exact_out)
         if grad_scores is not None:
             products = scores.to(unit.dtype) * grad_scores
             delta += composite.segment_sum(products.unsqueeze(1), unit.offsets).squeeze(1)
@@ -111,6 +117,8 @@ def _backward(
         triton,
         partial(composite.backward, unit, grad_out, grad_scores, delta, lse),
     )
+    if unit.normalize == "softmax":  # which the last bias shifts and does not change
+        biases[-1] = torch.zeros_like(biases[-1])
     weight, first_bias, through_bias = unfold(
         key, product, bias, unit.first, unit.query.to(unit.dtype), call[7]
     )
@@ -139,13 +147,14 @@ for _key in ("CPU", "CUDA"):
 
 
 @torch.library.register_fake("recattn::activation_unit", lib=LIBRARY)
-def _fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     query, keys, _, values = arguments[:4]
     return_scores = arguments[-2]
     values = keys if values is None else values
     out = values.new_empty(query.shape[0], values.shape[1])
     scores = values.new_empty(values.shape[0] if return_scores else 0)
-    return out, scores, query.new_empty(query.shape[0], dtype=torch.promote_types(keys.dtype, torch.float32))
+    lse = query.new_empty(query.shape[0], dtype=torch.promote_types(keys.dtype, torch.float32))
+    return out, scores, lse, lse.new_empty(0 if lse.dtype == out.dtype else out.shape)
 
 
 @torch.library.register_fake("recattn::activation_unit_backward", lib=LIBRARY)
@@ -155,45 +164,66 @@ def _fake_backward(*arguments: Any) -> list[Tensor]:
     return [tensor.new_empty(tensor.shape) for tensor in inputs]
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    query, keys, offsets, values, weights, biases, slopes, *options, _, backend = inputs
-    optional = [] if values is None else [values]
-    ctx.save_for_backward(*output, query, keys, offsets, *optional, *weights, *biases, *slopes)
-    ctx.counts = (len(optional), len(weights), len(slopes))
-    ctx.options = (*options, backend)
-    ctx.set_materialize_grads(False)
+class _Autograd(torch.autograd.Function):
+    """Takes the tensors of all lists one by one: `register_autograd` would flatten lists by pytrees, which costs as
+    much as a small batch."""
+
+    @staticmethod
+    def forward(ctx: Any, layers: int, options: tuple[Any, ...], *tensors: Any) -> tuple[Tensor, ...]:
+        query, keys, offsets, values, *groups = tensors
+        with torch._C._AutoDispatchBelowAutograd():
+            out, scores, lse, exact_out = forward_op(
+                query, keys, offsets, values, *_grouped(groups, layers), *options
+            )
+        ctx.save_for_backward(out if exact_out.dtype == out.dtype else exact_out, scores, lse, *tensors)
+        ctx.layers, ctx.options = layers, options
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(lse, exact_out)
+        return out, scores, lse, exact_out
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor | None, grad_scores: Tensor | None, *_: Any) -> tuple[Any, ...]:
+        exact_out, scores, lse, query, keys, offsets, values, *groups = ctx.saved_tensors
+        *options, return_scores, backend = ctx.options
+        if grad_out is None:
+            grad_out = torch.zeros_like(exact_out, dtype=keys.dtype)
+        grad_query, grad_keys, *gradients = backward_op(
+            grad_out,
+            grad_scores if return_scores else None,
+            exact_out,
+            scores,
+            lse,
+            query,
+            keys,
+            offsets,
+            values,
+            *_grouped(groups, ctx.layers),
+            *options,
+            backend,
+        )
+        grad_values = None if values is None else gradients.pop(0)
+        return None, None, grad_query, grad_keys, None, grad_values, *gradients
 
 
-def _backward_formula(ctx: Any, grad_out: Tensor | None, grad_scores: Tensor | None, _: Tensor | None) -> Any:
-    out, scores, lse, query, keys, offsets, *rest = ctx.saved_tensors
-    separate, layers, slopes = ctx.counts
-    values = rest[0] if separate else None
-    groups = [
-        rest[separate : separate + layers],
-        rest[separate + layers :][:layers],
-        rest[separate + 2 * layers :],
-    ]
-    if grad_out is None:
-        grad_out = torch.zeros_like(out)
-    gradients = backward_op(
-        grad_out, grad_scores, out, scores, lse, query, keys, offsets, values, *groups, *ctx.options
+def _grouped(
+    tensors: Sequence[Tensor], layers: int
+) -> tuple[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor]]:
+    """Weights, biases and slopes."""
+    return tensors[:layers], tensors[layers : 2 * layers], tensors[2 * layers :]
+
+
+def _with_autograd(*arguments: Any) -> tuple[Tensor, ...]:
+    query, keys, offsets, values, weights, biases, slopes, *options = arguments
+    return _Autograd.apply(
+        len(weights), tuple(options), query, keys, offsets, values, *weights, *biases, *slopes
     )
-    grad_query, grad_keys, *gradients = gradients
-    grad_values = gradients.pop(0) if separate else None
-    grad_weights, grad_biases = gradients[:layers], gradients[layers : 2 * layers]
-    options = (None,) * (len(ctx.options) + 1)
-    return (
-        grad_query,
-        grad_keys,
-        None,
-        grad_values,
-        grad_weights,
-        grad_biases,
-        gradients[2 * layers :],
-        *options,
+
+
+def _no_second_derivative(*_: Any) -> Any:
+    raise NotImplementedError(
+        "activation_unit: a second derivative was asked for, and only the first is built"
     )
 
 
-torch.library.register_autograd(
-    "recattn::activation_unit", _backward_formula, setup_context=_setup_context, lib=LIBRARY
-)
+LIBRARY.impl("activation_unit", _with_autograd, "Autograd")
+torch.library.register_autograd("recattn::activation_unit_backward", _no_second_derivative, lib=LIBRARY)

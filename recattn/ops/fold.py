@@ -47,10 +47,11 @@ def unfold(
 
 
 def _signed_sum(signs: Sequence[int], terms: Sequence[Tensor]) -> Tensor:
-    total = None
-    for sign, term in zip(signs, terms, strict=True):
-        if sign and total is None:
-            total = term if sign > 0 else -term
-        elif sign:
-            total = torch.add(total, term, alpha=sign)
-    return torch.zeros_like(terms[0]) if total is None else total
+    signed = [(sign, term) for sign, term in zip(signs, terms, strict=True) if sign]
+    if not signed:
+        return torch.zeros_like(terms[0])
+    (sign, total), *others = signed
+    total = total if sign > 0 else -total
+    for sign, term in others:
+        total = torch.add(total, term, alpha=sign)
+    return total

@@ -16,7 +16,7 @@ FEATURES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 
 
-def activate(z: Tensor, activation: str, slope: Tensor | float | None) -> Tensor:
+def activate(z: Tensor, activation: str, slope: Tensor | float) -> Tensor:
     """The activation of a hidden layer; `slope` is that of prelu (1 or H elements) or leaky_relu."""
     match activation:
         case "sigmoid" | "relu" | "tanh":
@@ -42,10 +42,9 @@ def scores(
     """`[..., D]` queries and `[..., L, D]` keys to `[..., L]` scores, before scale and normalisation."""
     hidden = torch.cat([FEATURES[name](query.unsqueeze(-2), keys) for name in features], dim=-1)
     for layer, (weight, bias) in enumerate(zip(weights[:-1], biases[:-1], strict=True)):
-        if isinstance(activation_params, Sequence):
-            slope: Tensor | float | None = activation_params[layer]
-        else:
-            slope = activation_params
+        slope = (
+            activation_params[layer] if isinstance(activation_params, Sequence) else activation_params or 0.0
+        )
         hidden = activate(F.linear(hidden, weight, bias), activation, slope)
     return F.linear(hidden, weights[-1], biases[-1]).squeeze(-1)
 

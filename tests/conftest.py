@@ -1,0 +1,41 @@
+"""Kernels run in Triton's interpreter, and memory that nobody has written yet holds NaN."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports the kernels
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import triton.language as tl
+from triton.runtime import interpreter
+
+_cast = interpreter.InterpreterBuilder.cast_impl
+
+
+def _cast_to_nearest(self: Any, src: Any, dst_type: Any) -> Any:
+    """The interpreter's conversion, but to bfloat16 it rounds to nearest even, as every GPU does."""
+    if (src.dtype.scalar, dst_type.scalar) != (tl.float32, tl.bfloat16):
+        return _cast(self, src, dst_type)
+    bits = np.ascontiguousarray(src.data).view(np.uint32)
+    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+    rounded = np.where(np.isnan(src.data), 0x7FC0, rounded)
+    return interpreter.TensorHandle(rounded.astype(np.uint16), tl.bfloat16)
+
+
+interpreter.InterpreterBuilder.cast_impl = _cast_to_nearest
+
+
+@pytest.fixture
+def poisoned_memory() -> Iterator[None]:
+    """Fills what `torch.empty` and its like return with NaN."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)

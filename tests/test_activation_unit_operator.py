@@ -1,0 +1,120 @@
+"""activation_unit as PyTorch's own tools see it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from activation_unit_cases import Case, call, variant
+from recorded_launches import recorded_launches
+from torch import Tensor
+
+import recattn
+from recattn import functional
+from recattn.ops.activation_unit import forward_op
+
+
+def arguments(case: Case) -> tuple[Any, ...]:
+    tensors = {name: t.requires_grad_() for name, t in case.tensors().items()}
+
+    def group(name: str) -> list[Tensor]:
+        return [t for key, t in tensors.items() if key.startswith(name + " ")]
+
+    return (
+        tensors["query"],
+        tensors["keys"],
+        case.offsets(),
+        tensors.get("values"),
+        group("weight"),
+        group("bias"),
+        group("slope"),
+        list(case.features),
+        case.activation,
+        0.1,
+        case.normalize,
+        case.scale,
+        case.return_scores,
+        "auto",
+    )
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        variant(),
+        variant(lengths=[]),
+        variant(value_dim=7, return_scores=True, normalize="none"),
+        variant(activation="prelu", hidden=(6,)),
+    ],
+    ids=["plain", "no history", "values and scores", "prelu"],
+)
+def test_schema_fake_and_autograd_agree_with_the_implementation(case: Case) -> None:
+    checks = torch.library.opcheck(forward_op, arguments(case))
+    assert set(checks.values()) == {"SUCCESS"}
+
+
+@pytest.mark.parametrize("activation", ["sigmoid", "prelu", "silu", "gelu", "tanh"])
+@pytest.mark.parametrize("normalize", ["softmax", "none"])
+def test_gradients_are_those_of_finite_differences(activation: str, normalize: str) -> None:
+    case = variant(
+        lengths=[0, 3, 1, 5],
+        dim=4,
+        value_dim=3,
+        hidden=(5, 4),
+        slack=0,
+        activation=activation,
+        normalize=normalize,
+        return_scores=True,
+        dtype=torch.float64,
+    )
+    tensors = case.tensors()
+    names = list(tensors)
+
+    def function(*values: Tensor) -> tuple[Tensor, Tensor]:
+        given = dict(zip(names, values, strict=True))
+
+        def group(name: str) -> list[Tensor]:
+            return [t for key, t in given.items() if key.startswith(name + " ")]
+
+        return functional.activation_unit(
+            given["query"],
+            given["keys"],
+            case.offsets(),
+            group("weight"),
+            group("bias"),
+            values=given["values"],
+            activation_params=group("slope") or None,
+            **case.options(),
+        )
+
+    assert torch.autograd.gradcheck(function, [t.requires_grad_() for t in tensors.values()])
+
+
+def test_a_second_derivative_raises() -> None:
+    case = variant(dtype=torch.float64)
+    tensors = {name: t.requires_grad_() for name, t in case.tensors().items()}
+    weights = [t for name, t in tensors.items() if name.startswith("weight")]
+    biases = [t for name, t in tensors.items() if name.startswith("bias")]
+    out = functional.activation_unit(tensors["query"], tensors["keys"], case.offsets(), weights, biases)
+    (grad,) = torch.autograd.grad(out.sum(), tensors["query"], create_graph=True)
+    with pytest.raises(NotImplementedError, match="activation_unit: a second derivative"):
+        grad.sum().backward()
+
+
+def test_neither_lengths_nor_batch_sizes_compile_kernels_anew() -> None:
+    generator = torch.Generator().manual_seed(0)
+    specs: dict[str, set[Any]] = {}
+    for batch in range(1, 51):
+        lengths = torch.randint(0, 40, (batch,), generator=generator).tolist()
+        case = variant(lengths=lengths, return_scores=bool(batch % 2))
+        with recorded_launches() as launches, recattn.backend("triton"):
+            call(functional.activation_unit, case, case.tensors())
+        for kernel, _, constants in launches:
+            specs.setdefault(kernel.fn.__name__, set()).add(tuple(sorted(constants.items())))
+    assert {name: len(kinds) for name, kinds in specs.items()} == {
+        "_forward_kernel": 2,  # with scores and without
+        "_tokens_kernel": 2,
+        "_weights_kernel": 2,
+        "_merge_kernel": 2,  # of the output, and of gradients
+    }

@@ -1,0 +1,51 @@
+"""Every kernel, in its default settings, compiled for GPUs that are not there."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import triton
+
+TARGETS = ["sm_80", "sm_90", "sm_120", "gfx942"]
+if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9):  # earlier ones crash on some reductions
+    TARGETS.append("sm_100")
+PRODUCTS = ["bf16", "fp16", "tf32", "fp32"]
+
+
+def compile_kernels(targets: list[str], dtypes: list[str], folder: Path) -> list[dict[str, Any]]:
+    script = Path(__file__).with_name("compile_kernels.py")
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    run = subprocess.run(
+        [sys.executable, script, ",".join(targets), ",".join(dtypes), folder],
+        capture_output=True,
+        text=True,
+        env=environment | {"TRITON_CACHE_DIR": str(folder / "cache")},
+    )
+    assert run.returncode == 0, run.stderr[-2000:]
+    records: list[dict[str, Any]] = json.loads(run.stdout)
+    return records
+
+
+def check(records: list[dict[str, Any]], targets: list[str]) -> None:
+    assert {record["target"] for record in records} == set(targets)
+    assert {"_forward_kernel", "_tokens_kernel", "_weights_kernel", "_merge_kernel"} <= {
+        r["kernel"] for r in records
+    }
+    failed = [record for record in records if record["error"] is not None]
+    assert not failed
+
+
+def test_every_kernel_compiles_for_every_target_in_bf16(tmp_path: Path) -> None:
+    check(compile_kernels(TARGETS, ["bf16"], tmp_path), TARGETS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("products", PRODUCTS[1:])
+def test_every_kernel_compiles_for_every_target(products: str, tmp_path: Path) -> None:
+    check(compile_kernels(TARGETS, [products], tmp_path), TARGETS)
