@@ -114,7 +114,7 @@ def test_neither_lengths_nor_batch_sizes_compile_kernels_anew() -> None:
             specs.setdefault(kernel.fn.__name__, set()).add(tuple(sorted(constants.items())))
     assert {name: len(kinds) for name, kinds in specs.items()} == {
         "_forward_kernel": 2,  # with scores and without
-        "_tokens_kernel": 2,
-        "_weights_kernel": 2,
+        "tokens_kernel": 2,
+        "weights_kernel": 2,
         "_merge_kernel": 2,  # of the output, and of gradients
     }

@@ -34,7 +34,7 @@ def compile_kernels(targets: list[str], dtypes: list[str], folder: Path) -> list
 
 def check(records: list[dict[str, Any]], targets: list[str]) -> None:
     assert {record["target"] for record in records} == set(targets)
-    assert {"_forward_kernel", "_tokens_kernel", "_weights_kernel", "_merge_kernel"} <= {
+    assert {"_forward_kernel", "tokens_kernel", "weights_kernel", "_merge_kernel"} <= {
         r["kernel"] for r in records
     }
     failed = [record for record in records if record["error"] is not None]
