@@ -217,6 +217,6 @@ def test_bad_input_names_the_argument_what_was_expected_and_what_came(
 
 
 def test_the_contents_of_offsets_are_read_only_if_asked(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(functional, "VALIDATE", True)
+    monkeypatch.setattr(functional.checks, "VALIDATE", True)
     with pytest.raises(ValueError, match=re.escape("offsets: expected the last to be at most 5")):
         call({"offsets": torch.tensor([0, 2, 6])})

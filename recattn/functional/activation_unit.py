@@ -1,24 +1,17 @@
-"""The operators, with every argument checked before anything is launched."""
+"""activation_unit, with every argument checked before anything is launched."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
-from typing import Any
 
-import torch
 from torch import Tensor
 
 from recattn.backend import requested_backend
+from recattn.functional import checks
+from recattn.functional.checks import autocast, check_choice, check_tensor, expect_tensor
 from recattn.jagged import Jagged, check_offsets
 from recattn.ops import activation_unit as _op
 from recattn.ops.activation_unit import ACTIVATIONS, FEATURES, NORMALIZATIONS
-
-__all__ = ["activation_unit", "check_choice"]
-
-# Whether to read and check the contents of offsets, which synchronises with the device.
-VALIDATE = os.environ.get("RECATTN_VALIDATE", "0") not in ("", "0")
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def activation_unit(
@@ -84,8 +77,8 @@ def activation_unit(
         raise NotImplementedError("rows: keys by index are not built yet")
     weights, biases = list(weights), list(biases)
     slopes, negative_slope = _activation_params(activation, activation_params, len(weights) - 1)
-    _expect_tensor("keys", keys)
-    query, keys, values, *layers = _autocast(keys.device, query, keys, values, *weights, *biases, *slopes)
+    expect_tensor("keys", keys)
+    query, keys, values, *layers = autocast(keys.device, query, keys, values, *weights, *biases, *slopes)
     weights, biases, slopes = (
         layers[: len(weights)],
         layers[len(weights) :][: len(biases)],
@@ -94,7 +87,7 @@ def activation_unit(
     check_choice("normalize", normalize, NORMALIZATIONS, planned=("exp", "sigmoid"))
     _check_histories(query, keys, offsets, values)
     _check_layers(query, weights, biases, slopes, features)
-    if VALIDATE:
+    if checks.VALIDATE:
         Jagged(keys, offsets).validate()
     out, attention, *_ = _op.forward_op(
         query,
@@ -115,57 +108,17 @@ def activation_unit(
     return (out, attention) if return_scores else out
 
 
-def check_choice(name: str, value: str, choices: Sequence[str], planned: Sequence[str] = ()) -> None:
-    """Raises unless `value` is one of `choices`: NotImplementedError for what is planned, else ValueError."""
-    if value in planned:
-        raise NotImplementedError(f"{name}: {value!r} is not built yet; there are {', '.join(choices)}")
-    if value not in choices:
-        raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")
-
-
-def _autocast(device: torch.device, *tensors: Any) -> tuple[Any, ...]:
-    """Casts as PyTorch's own operators under autocast do: floating tensors but those of float64."""
-    if not torch.amp.is_autocast_available(device.type) or not torch.is_autocast_enabled(device.type):
-        return tensors
-    dtype = torch.get_autocast_dtype(device.type)
-    return tuple(
-        t.to(dtype) if isinstance(t, Tensor) and t.is_floating_point() and t.dtype != torch.float64 else t
-        for t in tensors
-    )
-
-
-def _expect_tensor(name: str, tensor: Any) -> None:
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
-
-
-def _check_tensor(name: str, tensor: Tensor, shape: tuple[int | str, ...], like: Tensor) -> None:
-    """Raises unless `tensor` has this shape, where a string names a size that is free, and the dtype and device
-    of `like`."""
-    _expect_tensor(name, tensor)
-    fits = tensor.dim() == len(shape) and all(
-        isinstance(want, str) or want == got for want, got in zip(shape, tensor.shape, strict=False)
-    )
-    if not fits:
-        wanted = ", ".join(map(str, shape))
-        raise ValueError(f"{name}: expected shape [{wanted}], got {list(tensor.shape)}")
-    if tensor.dtype != like.dtype:
-        raise TypeError(f"{name}: expected {like.dtype}, as the keys, got {tensor.dtype}")
-    if tensor.device != like.device:
-        raise ValueError(f"{name}: expected device {like.device}, as the keys, got {tensor.device}")
-
-
 def _check_histories(query: Tensor, keys: Tensor, offsets: Tensor, values: Tensor | None) -> None:
-    _check_tensor("keys", keys, ("T", "D"), like=keys)
-    if keys.dtype not in DTYPES:
-        raise TypeError(f"keys: expected one of {', '.join(map(str, DTYPES))}, got {keys.dtype}")
+    check_tensor("keys", keys, ("T", "D"), like=keys)
+    if keys.dtype not in checks.DTYPES:
+        raise TypeError(f"keys: expected one of {', '.join(map(str, checks.DTYPES))}, got {keys.dtype}")
     if keys.shape[1] == 0:
         raise ValueError(f"keys: expected a width of at least 1, got {list(keys.shape)}")
-    _expect_tensor("offsets", offsets)
+    expect_tensor("offsets", offsets)
     check_offsets("offsets", offsets, keys.device)
-    _check_tensor("query", query, (offsets.numel() - 1, keys.shape[1]), like=keys)
+    check_tensor("query", query, (offsets.numel() - 1, keys.shape[1]), like=keys)
     if values is not None:
-        _check_tensor("values", values, (keys.shape[0], "Dv"), like=keys)
+        check_tensor("values", values, (keys.shape[0], "Dv"), like=keys)
 
 
 def _check_layers(
@@ -184,12 +137,12 @@ def _check_layers(
     width: int = len(features) * query.shape[1]
     for layer, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
         height: int | str = 1 if layer == len(weights) - 1 else "H"
-        _check_tensor(f"weights[{layer}]", weight, (height, width), like=query)
-        _check_tensor(f"biases[{layer}]", bias, (weight.shape[0],), like=query)
+        check_tensor(f"weights[{layer}]", weight, (height, width), like=query)
+        check_tensor(f"biases[{layer}]", bias, (weight.shape[0],), like=query)
         if layer < len(slopes):
-            _expect_tensor(f"activation_params[{layer}]", slopes[layer])
+            expect_tensor(f"activation_params[{layer}]", slopes[layer])
             slope_size = 1 if slopes[layer].numel() == 1 else weight.shape[0]
-            _check_tensor(f"activation_params[{layer}]", slopes[layer], (slope_size,), like=query)
+            check_tensor(f"activation_params[{layer}]", slopes[layer], (slope_size,), like=query)
         width = weight.shape[0]
 
 

@@ -1,0 +1,54 @@
+"""Checks that the operators share. Each says what was expected of which argument, and what came."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Whether to read and check the contents of offsets, which synchronises with the device.
+VALIDATE = os.environ.get("RECATTN_VALIDATE", "0") not in ("", "0")
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def check_choice(name: str, value: str, choices: Sequence[str], planned: Sequence[str] = ()) -> None:
+    """Raises unless `value` is one of `choices`: NotImplementedError for what is planned, else ValueError."""
+    if value in planned:
+        raise NotImplementedError(f"{name}: {value!r} is not built yet; there are {', '.join(choices)}")
+    if value not in choices:
+        raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")
+
+
+def autocast(device: torch.device, *tensors: Any) -> tuple[Any, ...]:
+    """Casts as PyTorch's own operators under autocast do: floating tensors but those of float64."""
+    if not torch.amp.is_autocast_available(device.type) or not torch.is_autocast_enabled(device.type):
+        return tensors
+    dtype = torch.get_autocast_dtype(device.type)
+    return tuple(
+        t.to(dtype) if isinstance(t, Tensor) and t.is_floating_point() and t.dtype != torch.float64 else t
+        for t in tensors
+    )
+
+
+def expect_tensor(name: str, tensor: Any) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
+
+
+def check_tensor(name: str, tensor: Tensor, shape: tuple[int | str, ...], like: Tensor) -> None:
+    """Raises unless `tensor` has this shape, where a string names a size that is free, and the dtype and device
+    of `like`."""
+    expect_tensor(name, tensor)
+    fits = tensor.dim() == len(shape) and all(
+        isinstance(want, str) or want == got for want, got in zip(shape, tensor.shape, strict=False)
+    )
+    if not fits:
+        wanted = ", ".join(map(str, shape))
+        raise ValueError(f"{name}: expected shape [{wanted}], got {list(tensor.shape)}")
+    if tensor.dtype != like.dtype:
+        raise TypeError(f"{name}: expected {like.dtype}, as the keys, got {tensor.dtype}")
+    if tensor.device != like.device:
+        raise ValueError(f"{name}: expected device {like.device}, as the keys, got {tensor.device}")
