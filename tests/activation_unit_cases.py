@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from recattn import functional
 from recattn.jagged import Jagged, offsets_of
 from recattn.reference import activation_unit, activation_unit_padded
 from recattn.reference.activation_unit import FEATURES, activate
@@ -204,3 +205,9 @@ def _rms(x: Tensor) -> float:
 
 def variant(**changes: Any) -> Case:
     return replace(Case(), **changes)
+
+
+def run_classic_case(dtype: torch.dtype) -> None:
+    """Forward and backward at the widths of most published models."""
+    case = Case(lengths=[300] * 8, dim=64, hidden=(80, 40), dtype=dtype, slack=0, offsets_dtype=torch.int32)
+    call(functional.activation_unit, case, case.tensors())

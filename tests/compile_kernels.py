@@ -1,11 +1,13 @@
 """Compiles kernels for GPUs that are not there; run in a process of its own, without the interpreter.
 
-Prints a JSON list, one record per kernel and target. What is compiled is what the launchers would launch: they are
-run with recorders in the place of the kernels.
+Arguments: an operator, whose `<operator>_cases.run_classic_case` runs it forward and backward; targets; dtypes; a
+folder for temporary files. Prints a JSON list, one record per kernel and target. What is compiled is what the launchers
+would launch: they are run with recorders in the place of the kernels.
 """
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
 import subprocess
@@ -15,13 +17,11 @@ from typing import Any
 
 import torch
 import triton
-from activation_unit_cases import Case, call
 from recorded_launches import recorded_launches
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 import recattn
-from recattn import functional
 
 POINTERS = {
     torch.float32: "*fp32",
@@ -64,7 +64,8 @@ def stack_bytes(cubin: bytes, folder: Path) -> int:
     return int(re.findall(r"STACK:(\d+)", usage)[-1])
 
 
-def main(targets: list[str], dtypes: list[str], folder: Path) -> None:
+def main(operator: str, targets: list[str], dtypes: list[str], folder: Path) -> None:
+    run_classic_case = importlib.import_module(f"{operator}_cases").run_classic_case
     records = []
     for name in dtypes:
         dtype, products = {
@@ -74,14 +75,11 @@ def main(targets: list[str], dtypes: list[str], folder: Path) -> None:
             "fp16": (torch.float16, "highest"),
         }[name]
         torch.set_float32_matmul_precision(products)
-        case = Case(
-            lengths=[300] * 8, dim=64, hidden=(80, 40), dtype=dtype, slack=0, offsets_dtype=torch.int32
-        )
         for target in targets:
             hip = target.startswith("gfx")
             torch.version.hip = "6.4" if hip else None
             with recorded_launches() as launches, recattn.backend("triton"):
-                call(functional.activation_unit, case, case.tensors())
+                run_classic_case(dtype)
             gpu = (
                 GPUTarget("hip", target, 64)
                 if hip
@@ -110,4 +108,4 @@ def main(targets: list[str], dtypes: list[str], folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1].split(","), sys.argv[2].split(","), Path(sys.argv[3]))
+    main(sys.argv[1], sys.argv[2].split(","), sys.argv[3].split(","), Path(sys.argv[4]))

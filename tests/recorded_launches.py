@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import ModuleType
 from typing import Any
 
-from recattn.kernels import activation_unit, activation_unit_backward, schedule
+import recattn.kernels
 
 Launch = tuple[Any, tuple[Any, ...], dict[str, Any]]  # kernel, arguments, constants
 
@@ -21,13 +24,19 @@ class Recorder:
         return lambda *args, **kwargs: self.launches.append((self.kernel, args, kwargs))
 
 
+def modules() -> list[ModuleType]:
+    """All that is in `recattn.kernels`."""
+    names = [module.name for module in pkgutil.iter_modules(recattn.kernels.__path__)]
+    return [importlib.import_module(f"recattn.kernels.{name}") for name in names]
+
+
 @contextmanager
 def recorded_launches() -> Iterator[list[Launch]]:
     """Records the launches inside, which then do nothing."""
     launches: list[Launch] = []
     kept = [
         (module, name, value)
-        for module in (activation_unit, activation_unit_backward, schedule)
+        for module in modules()
         for name, value in vars(module).items()
         if name.endswith("_kernel")
     ]
