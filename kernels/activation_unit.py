@@ -13,12 +13,12 @@ from torch import Tensor
 
 from . import settings
 from .arguments import Histories, Spec, get
+from .histories import load_tile, part_at, position_of, share_of
 from .normal_form import NormalForm, normal_form
-from .pooling import pool, pool_rows, pooled
+from .pooling import pool, pool_rows, pooled, weigh
 from .primitives import (
     LN_2,
     exp2,
-    load_rows,
     load_vector,
     scale,
     store_row,
@@ -26,7 +26,7 @@ from .primitives import (
     vector_sum,
     zero_rows,
 )
-from .schedule import find_sequence, merge, rows_per_program, slot_of
+from .schedule import find_sequence, merge, slot_of
 from .streamed import first_layer, load_layers, score_tokens
 
 
@@ -41,21 +41,14 @@ def _forward_kernel(data, net, out, lse, scores, part, part_state, SPEC: tl.cons
     PRECISION: tl.constexpr = get(SPEC, "precision")
     EXACT: tl.constexpr = get(SPEC, "split") or PRECISION == "ieee"
     program = tl.program_id(0)
-    total = tl.load(data.offsets + data.batch)
-    share = rows_per_program(total, tl.num_programs(0), get(SPEC, "least_rows"))
-    begin = tl.minimum(program.to(tl.int64) * share, total).to(total.dtype)
-    end = tl.minimum(begin + share, total)
+    begin, end = share_of(program, data, SPEC)
     if begin >= end:
         return
     sequence = find_sequence(data.offsets, data.batch, begin)
     layers, slopes, last = load_layers(net, SPEC)
     token = tl.arange(0, BLOCK)
     while begin < end:
-        if tl.load(data.offsets + sequence + 1) <= begin:  # empty
-            sequence = find_sequence(data.offsets, data.batch, begin)
-        first_row = tl.load(data.offsets + sequence)
-        last_row = tl.load(data.offsets + sequence + 1)
-        stop = tl.minimum(last_row, end)
+        sequence, first_row, last_row, stop = part_at(data, sequence, begin, end)
         owner = sequence.to(tl.int64)
         slot = slot_of(program, begin, stop, first_row, last_row)
         q = load_vector(data.query + owner * data.query_stride, D, SLAB)
@@ -63,21 +56,14 @@ def _forward_kernel(data, net, out, lse, scores, part, part_state, SPEC: tl.cons
         peak = tl.full([], float("-inf"), tl.float32)
         mass = tl.zeros([BLOCK], tl.float32)
         acc = zero_rows(pool_rows(BLOCK, EXACT), DV, SLAB)
-        k_tile = data.key + begin.to(tl.int64) * get(SPEC, "key_stride")
-        v_tile = data.value + begin.to(tl.int64) * get(SPEC, "value_stride")
+        position = position_of(data, sequence, first_row, begin, SPEC)
         for start in tl.range(begin, stop, BLOCK, num_stages=get(SPEC, "stages")):
             valid = token < (stop - start)
-            k = load_rows(k_tile, token, get(SPEC, "key_stride"), valid, D, SLAB)
-            k_tile += BLOCK * get(SPEC, "key_stride")
-            if get(SPEC, "separate_values"):
-                v = load_rows(v_tile, token, get(SPEC, "value_stride"), valid, DV, SLAB)
-                v_tile += BLOCK * get(SPEC, "value_stride")
-            else:
-                v = k
+            k, v = load_tile(data, position, valid, SPEC)
             s = score_tokens(k, first, layers, slopes, last, SPEC)  # [BLOCK]
-            if get(SPEC, "with_scores"):
-                tl.store(scores + start + token, s, mask=valid)
             if SOFTMAX:
+                if get(SPEC, "with_scores"):
+                    tl.store(scores + position + token, s, mask=valid)
                 s = tl.where(valid, s, float("-inf"))
                 top = vector_max(s)
                 # Rescaling waits until the maximum has grown 2^8 times: as exact, and rare.
@@ -89,8 +75,12 @@ def _forward_kernel(data, net, out, lse, scores, part, part_state, SPEC: tl.cons
                 p = exp2(s - peak, APPROX)
                 mass += p
             else:
-                p = tl.where(valid, s, 0.0)
+                p = weigh(s, get(SPEC, "normalize"), APPROX)
+                if get(SPEC, "with_scores"):
+                    tl.store(scores + position + token, p, mask=valid)
+                p = tl.where(valid, p, 0.0)
             acc = pool(p, v, acc, EXACT, PRECISION)
+            position += BLOCK
         norm = vector_sum(mass)
         row = pooled(acc, EXACT)
         if slot < 0:
@@ -133,13 +123,13 @@ def forward(unit: Any, with_scores: bool) -> tuple[Tensor, Tensor, Tensor]:
     )
     net = normal_form(unit, bounded_half=True, split=split)
     data = histories(unit)
-    batch, total, value_dim = data.batch, data.key.shape[0], data.value.shape[1]
+    batch, value_dim = data.batch, data.value.shape[1]
     lse = data.key.new_full((batch,), -torch.inf, dtype=torch.float32)
     out = lse.new_zeros(batch, value_dim)
-    scores = lse.new_zeros(total if with_scores else 0)
-    if batch == 0 or total == 0:
+    scores = lse.new_zeros(unit.positions if with_scores else 0)
+    if batch == 0 or unit.positions == 0:
         return out, scores, lse
-    programs = settings.programs(launch, total, data.key.device)
+    programs = settings.programs(launch, unit.most_rows, data.key.device)
     spec = specialize(unit, data, net, launch, with_scores)
     if split:
         spec = replace(spec, precision="tf32", split=True)
@@ -159,7 +149,10 @@ def histories(unit: Any) -> Histories:
         x if x.stride(1) == 1 and x.stride(0) < 1 << 24 else x.contiguous()
         for x in (unit.query, unit.keys, unit.values)
     )
-    return Histories(query, keys, values, unit.offsets, unit.offsets.numel() - 1, query.stride(0))
+    offsets = unit.offsets
+    starts = offsets if unit.candidates is None else unit.candidates.starts
+    rows = offsets if unit.rows is None else unit.rows
+    return Histories(query, keys, values, offsets, starts, rows, offsets.numel() - 1, query.stride(0))
 
 
 def specialize(
@@ -170,10 +163,13 @@ def specialize(
         value_dim=unit.values.shape[1],
         hidden=net.hidden,
         activation=net.form.kernel,
-        softmax=unit.normalize == "softmax",
+        normalize=unit.normalize,
         separate_values=unit.values is not unit.keys,
         key_stride=data.key.stride(0),
         value_stride=data.value.stride(0),
+        shared=unit.candidates is not None,
+        indexed=unit.rows is not None,
+        scatter=unit.unique_rows,
         with_scores=with_scores,
         precision="ieee" if net.precision == "ieee" else "tf32",
         approx=net.approx,

@@ -16,14 +16,16 @@ from torch import Tensor
 
 from . import settings
 from .activation_unit import histories, specialize
+from .activation_unit_keys import keys_backward, keys_kernel, zero_gradients
 from .activation_unit_weights import weights_kernel
-from .arguments import Histories, Spec, Upstream, get, widest, width
-from .attend_backward import attend_backward, load_sequence, load_tile, spread
+from .arguments import Histories, Network, Spec, Upstream, get, widest, width
+from .attend_backward import attend_backward, load_sequence
+from .histories import load_tile, part_at, position_of, share_of, store_tile
 from .mlp import load_network, run_layers, score
-from .mlp_backward import first_dz, load_back, run_layers_backward, times_weight, with_fresh_vectors
+from .mlp_backward import first_dz, load_back, run_layers_backward, with_fresh_vectors
 from .normal_form import NormalForm, backward_weights, gradients, normal_form
-from .primitives import columns, load_matrix, slab_count, store_rows
-from .schedule import find_sequence, merge, rows_per_program, slot_of
+from .primitives import columns, load_matrix, slab_count
+from .schedule import find_sequence, merge, slot_of
 from .sums import add_matrix, column_sum, in_dtype, outer_sum, store_column, zero_matrix
 
 
@@ -51,10 +53,7 @@ def tokens_kernel(
     H1: tl.constexpr = width(0, SPEC)
     H1_SLAB: tl.constexpr = widest(0, SPEC)
     program = tl.program_id(0)
-    total = tl.load(data.offsets + data.batch)
-    share = rows_per_program(total, tl.num_programs(0), get(SPEC, "least_rows"))
-    begin = tl.minimum(program.to(tl.int64) * share, total).to(total.dtype)
-    end = tl.minimum(begin + share, total)
+    begin, end = share_of(program, data, SPEC)
     if begin >= end:
         return
     sequence = find_sequence(data.offsets, data.batch, begin)
@@ -64,37 +63,31 @@ def tokens_kernel(
     own = program.to(tl.int64) * (H1 * D)
     fresh = 1
     while begin < end:
-        if tl.load(data.offsets + sequence + 1) <= begin:  # empty
-            sequence = find_sequence(data.offsets, data.batch, begin)
-        first_row = tl.load(data.offsets + sequence)
-        last_row = tl.load(data.offsets + sequence + 1)
-        stop = tl.minimum(last_row, end)
+        sequence, first_row, last_row, stop = part_at(data, sequence, begin, end)
         owner = sequence.to(tl.int64)
         q, first, grads = load_sequence(data, net, upstream, owner, SPEC)
         moment = zero_matrix(D, SLAB, H1, H1_SLAB)  # Σ_t k_t dL/dz1_tᵀ, the gradient of W_effᵀ
         grad_c = zero_matrix(H1, H1_SLAB, 8, 8, 16, 8)
-        row = begin.to(tl.int64)
+        position = position_of(data, owner, first_row, begin, SPEC)
         for start in tl.range(begin, stop, BLOCK, num_stages=get(SPEC, "stages")):
             rest = (stop - start).to(tl.int32)
             valid = token < rest
-            k, v = load_tile(data, row, rest, SPEC)
+            k, v = load_tile(data, position, valid, SPEC)
             again = with_fresh_vectors(net, owner, first, layers, last, rest, SPEC)
             zs, hs, outputs = run_layers(k, again[0], again[1], slopes, DTYPE, SPEC)
             s = score(hs[len(hs) - 1], again[2])  # [BLOCK]
-            a, ds = attend_backward(s, v, grads, upstream.grad_scores + row, rest, SPEC)
+            a, ds = attend_backward(s, v, grads, upstream.grad_scores + position, rest, SPEC)
             _dhs, dzs = run_layers_backward(ds, zs, hs, outputs, back, slopes, SPEC)
             dz = in_dtype(first_dz(dzs, again[2], SPEC), DTYPE)
-            if get(SPEC, "separate_values"):
-                grad_v = spread(a, grads, zero_matrix(BLOCK, BLOCK, DV, SLAB), SPEC)
-                store_rows(grad_value + row * DV, grad_v, token, DV, valid, DV, SLAB)
-                dk = times_weight(dz, first[0], zero_matrix(BLOCK, BLOCK, D, SLAB), SPEC)
-            else:
-                dk = spread(a, grads, zero_matrix(BLOCK, BLOCK, D, SLAB), SPEC)
-                dk = times_weight(dz, first[0], dk, SPEC)
-            store_rows(grad_key + row * D, dk, token, D, valid, D, SLAB)
+            if not get(SPEC, "shared"):
+                dk, dv = zero_gradients(SPEC)
+                dk, dv = keys_backward(a, dz, first, grads, dk, dv, SPEC)
+                store_tile(grad_key, dk, data, position, valid, D, SPEC)
+                if get(SPEC, "separate_values"):
+                    store_tile(grad_value, dv, data, position, valid, DV, SPEC)
             moment = outer_sum(k, dz, moment, PRECISION)
             grad_c = column_sum(dz, grad_c, DTYPE, PRECISION)
-            row += BLOCK
+            position += BLOCK
         slot = slot_of(program, begin, stop, first_row, last_row)
         target = grad_first + owner * (D + H1)
         if slot >= 0:
@@ -133,17 +126,50 @@ def _spec(
     )
 
 
+def _shared_keys(
+    unit: Any,
+    data: Histories,
+    network: Network,
+    upstream: Upstream,
+    grad_key: Tensor,
+    grad_value: Tensor | None,
+    spec: Spec,
+    launch: settings.Launch,
+) -> None:
+    """The gradients of keys and values that several queries share, into `grad_key` and `grad_value`."""
+    least = max(launch.least_rows // launch.block, 1)
+    tiles = unit.candidates.tiles(launch.block, unit.positions)
+    programs = settings.programs(launch, unit.most_rows, data.key.device)
+    grads = [grad_key] if grad_value is None else [grad_key, grad_value]
+    parts = [upstream.lse.new_empty(2 * programs, launch.block * grad.shape[1]) for grad in grads]
+    keys_kernel[(programs,)](
+        data,
+        network,
+        upstream,
+        tiles,
+        grads[0],
+        grads[-1],
+        parts[0],
+        parts[-1],
+        SPEC=replace(spec, least_rows=least),
+        num_warps=launch.num_warps,
+    )
+    for part, grad in zip(parts, grads, strict=True):
+        merge(part, None, tiles.offsets, grad, upstream.lse, programs, least, (tiles.begin, tiles.end))
+
+
 def backward(
     unit: Any, grad_out: Tensor, grad_scores: Tensor | None, delta: Tensor | None, lse: Tensor
 ) -> tuple[Any, ...]:
     """As `recattn.composite.activation_unit.backward`."""
     net = normal_form(unit)
     data = histories(unit)
-    dim, value_dim, total = data.key.shape[1], data.value.shape[1], data.key.shape[0]
+    dim, value_dim = data.key.shape[1], data.value.shape[1]
     zeros = net.network.first_bias.new_zeros  # float32
-    grad_key = data.key.new_zeros(total, dim)
+    count = data.key.shape[0] if unit.unique_rows else unit.positions
+    grad_key = data.key.new_zeros(count, dim)
     separate = unit.values is not unit.keys
-    grad_value = data.value.new_zeros(total, value_dim) if separate else None
+    grad_value = data.value.new_zeros(count, value_dim) if separate else None
     grad_first = zeros(data.batch, dim + net.hidden[0])
     upstream = Upstream(
         grad_out.contiguous(),
@@ -156,8 +182,8 @@ def backward(
     split = net.precision == "ieee" and settings.can_split(dim, net.hidden, data.key.device)
     row = "split" if split else net.precision
     tokens, weights = settings.BACKWARD_TOKENS[row], settings.BACKWARD_WEIGHTS[row]
-    token_programs = settings.programs(tokens, total, data.key.device)
-    weight_programs = settings.programs(weights, total, data.key.device)
+    token_programs = settings.programs(tokens, unit.most_rows, data.key.device)
+    weight_programs = settings.programs(weights, unit.most_rows, data.key.device)
     with_scores = grad_scores is not None
 
     by_program = {
@@ -169,7 +195,7 @@ def backward(
     grad_slopes = tuple(zeros(weight_programs, *s.shape) for s in net.network.slopes)
     grad_last_weight = zeros(weight_programs, net.hidden[-1])
     grad_last_bias = zeros(weight_programs, 1)
-    if data.batch and total:
+    if data.batch and unit.positions:
         spec = _spec(unit, data, net, tokens, with_scores, settings.SPLIT_TOKENS if split else None)
         part = torch.empty_like(grad_first, memory_format=torch.contiguous_format).new_empty(
             2 * token_programs, grad_first.shape[1]
@@ -188,6 +214,8 @@ def backward(
             num_warps=tokens.num_warps,
         )
         merge(part, None, data.offsets, grad_first, lse, token_programs, tokens.least_rows)
+        if spec.shared:
+            _shared_keys(unit, data, net.network, upstream, grad_key, grad_value, spec, tokens)
         weights_kernel[(weight_programs,)](
             data,
             net.network,

@@ -6,10 +6,11 @@ import triton
 import triton.language as tl
 
 from .arguments import depth, get, narrowest, widest, width
-from .attend_backward import attend_backward, load_sequence, load_tile
+from .attend_backward import attend_backward, load_sequence
+from .histories import load_tile, part_at, position_of, share_of
 from .mlp import load_network, run_layers, score
 from .mlp_backward import load_back, run_layers_backward, with_fresh_vectors
-from .schedule import find_sequence, rows_per_program
+from .schedule import find_sequence
 from .sums import add_matrix, add_octets, in_dtype, outer_sum, store_octets, zero_matrix, zero_octets
 
 
@@ -95,41 +96,36 @@ def weights_kernel(
     DTYPE: tl.constexpr = net.key.dtype.element_ty
     n: tl.constexpr = depth(SPEC)
     program = tl.program_id(0)
-    total = tl.load(data.offsets + data.batch)
-    share = rows_per_program(total, tl.num_programs(0), get(SPEC, "least_rows"))
-    begin = tl.minimum(program.to(tl.int64) * share, total).to(total.dtype)
-    end = tl.minimum(begin + share, total)
+    begin, end = share_of(program, data, SPEC)
     if begin >= end:
         return
     sequence = find_sequence(data.offsets, data.batch, begin)
     layers, slopes, last = load_network(net, SPEC)
     back = load_back(upstream.back, 0 if get(SPEC, "activation") == "leaky_relu" else 1, SPEC)
+    token = tl.arange(0, BLOCK)
     sums, slope_sums = zero_sums(SPEC)
     last_sum = zero_octets(
         get(SPEC, "warps"), width(n - 1, SPEC), widest(n - 1, SPEC), narrowest(n - 1, SPEC)
     )
     last_bias_sum = tl.zeros([BLOCK], tl.float32)
     while begin < end:
-        if tl.load(data.offsets + sequence + 1) <= begin:  # empty
-            sequence = find_sequence(data.offsets, data.batch, begin)
-        last_row = tl.load(data.offsets + sequence + 1)
-        stop = tl.minimum(last_row, end)
+        sequence, first_row, _last_row, stop = part_at(data, sequence, begin, end)
         owner = sequence.to(tl.int64)
         _q, first, grads = load_sequence(data, net, upstream, owner, SPEC)
-        row = begin.to(tl.int64)
+        position = position_of(data, owner, first_row, begin, SPEC)
         for start in tl.range(begin, stop, BLOCK, num_stages=get(SPEC, "stages")):
             rest = (stop - start).to(tl.int32)
-            k, v = load_tile(data, row, rest, SPEC)
+            k, v = load_tile(data, position, token < rest, SPEC)
             again = with_fresh_vectors(net, owner, first, layers, last, rest, SPEC)
             zs, hs, outputs = run_layers(k, again[0], again[1], slopes, DTYPE, SPEC)
             s = score(hs[n - 1], again[2])  # [BLOCK]
-            _a, ds = attend_backward(s, v, grads, upstream.grad_scores + row, rest, SPEC)
+            _a, ds = attend_backward(s, v, grads, upstream.grad_scores + position, rest, SPEC)
             dhs, dzs = run_layers_backward(ds, zs, hs, outputs, back, slopes, SPEC)
             sums = add_layer_sums(sums, outputs, dzs, SPEC)
             slope_sums = add_slope_sums(slope_sums, zs, dhs)
             last_sum = add_octets(times_rows(ds, hs[n - 1]), last_sum)
             last_bias_sum += ds
-            row += BLOCK
+            position += BLOCK
         begin = stop
         sequence += 1
     for i in tl.static_range(1, n):

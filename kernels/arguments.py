@@ -13,11 +13,11 @@ class Histories(NamedTuple):
     """The data. Rows of the keys and values lie `Spec.key_stride` and `Spec.value_stride` apart."""
 
     query: Tensor  # [B, D]
-    key: Tensor  # [T, D]
-    value: (
-        Tensor  # [T, Dv], the keys if there are no other values; a tuple in Triton has a `values` of its own
-    )
-    offsets: Tensor  # [B + 1]
+    key: Tensor  # [R, D]
+    value: Tensor  # [R, Dv], or the keys. A tuple in Triton has a `values` of its own
+    offsets: Tensor  # [B + 1], of the sequences, one per query
+    starts: Tensor  # [B], of each sequence its first position, where sequences share histories
+    rows: Tensor  # [T], of each position its row of the keys and values, where they are read by index
     batch: int
     query_stride: int
 
@@ -54,10 +54,13 @@ class Spec:
     value_dim: int
     hidden: tuple[int, ...]
     activation: str  # as `primitives.activate` knows it
-    softmax: bool
+    normalize: str
     separate_values: bool
     key_stride: int
     value_stride: int
+    shared: bool  # whether sequences share histories
+    indexed: bool  # whether keys and values are read by index
+    scatter: bool  # whether their gradients go where the index says, which is at no two positions the same
     with_scores: bool  # forward writes them, backward gets their gradient
     precision: str  # of products, as tl.dot takes it
     approx: bool  # approximate instructions of NVIDIA GPUs
@@ -70,10 +73,14 @@ class Spec:
     split: bool = False  # products of float32 as sums of products of parts, forward only
     warps: int = 1  # that share a tile
 
+    @property
+    def softmax(self) -> bool:
+        return self.normalize == "softmax"
+
 
 @triton.constexpr_function
 def get(spec, name):
-    """A field of a Spec, as a constexpr."""
+    """A field or property of a Spec, as a constexpr."""
     return getattr(spec, name)
 
 

@@ -7,7 +7,8 @@ import triton.language as tl
 
 from .arguments import get
 from .mlp import first_layer
-from .primitives import LN_2, LOG2_E, dot, exp2, load_rows, load_vector
+from .pooling import weigh, weigh_backward
+from .primitives import LN_2, LOG2_E, dot, exp2, load_vector
 from .sums import load_padded
 
 
@@ -27,21 +28,6 @@ def load_sequence(data, net, upstream, sequence, SPEC: tl.constexpr):
 
 
 @triton.jit
-def load_tile(data, row, rest, SPEC: tl.constexpr):
-    """The keys and values of a tile that begins at `row`, of which `rest` rows are left."""
-    token = tl.arange(0, get(SPEC, "block"))
-    valid = token < rest
-    key, value = data.key + row * get(SPEC, "key_stride"), data.value + row * get(SPEC, "value_stride")
-    k = load_rows(key, token, get(SPEC, "key_stride"), valid, get(SPEC, "dim"), get(SPEC, "dim_slab"))
-    if get(SPEC, "separate_values"):
-        return k, load_rows(
-            value, token, get(SPEC, "value_stride"), valid, get(SPEC, "value_dim"), get(SPEC, "dim_slab")
-        )
-    else:
-        return k, k
-
-
-@triton.jit
 def attend_backward(s, v, grads, grad_scores, rest, SPEC: tl.constexpr):
     """The attention a and dL/ds, `[tokens]`, from the scores s; both zero past the end of the sequence."""
     across, _along, delta, log_mass = grads
@@ -57,7 +43,9 @@ def attend_backward(s, v, grads, grad_scores, rest, SPEC: tl.constexpr):
         a = exp2(tl.where(valid, s - log_mass, float("-inf")), get(SPEC, "approx"))
         return a, a * (grad * LN_2 - delta)
     else:
-        return tl.where(valid, s, 0.0), tl.where(valid, grad, 0.0)
+        a = weigh(s, get(SPEC, "normalize"), get(SPEC, "approx"))
+        ds = weigh_backward(grad, a, get(SPEC, "normalize"))
+        return tl.where(valid, a, 0.0), tl.where(valid, ds, 0.0)
 
 
 @triton.jit

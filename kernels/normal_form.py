@@ -35,6 +35,8 @@ class Form(NamedTuple):
 
 FOLDED = {"sigmoid": Form("tanh", 0.5, 0.5, 0.5), "silu": Form("half_silu", 0.5)}
 PLAIN = {"prelu": Form("leaky_relu")}
+# What turns scores to base 2, where an exponential of them is taken.
+BASE_2 = {"softmax": math.log2(math.e), "exp": math.log2(math.e), "sigmoid": -math.log2(math.e)}
 SPLIT = {"sigmoid": Form("logistic2", -math.log2(math.e))}
 
 
@@ -60,7 +62,7 @@ def normal_form(unit: Any, bounded_half: bool = False, split: bool = False) -> N
     if torch.version.hip is None:
         folded = FOLDED if precision != "ieee" else SPLIT if split else {}
     form = folded.get(unit.activation, plain)
-    last_factor = unit.scale * (math.log2(math.e) if unit.normalize == "softmax" else 1.0)
+    last_factor = unit.scale * BASE_2.get(unit.normalize, 1.0)
     dtype = unit.keys.dtype
     approx = precision != "ieee" and torch.version.hip is None and not triton.knobs.runtime.interpret
     half = bounded_half and approx and precision == "tf32" and form.kernel == "tanh"

@@ -9,7 +9,31 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .primitives import dot
+from .primitives import LN_2, dot, exp2
+
+
+@triton.jit
+def weigh(s, NORMALIZE: tl.constexpr, APPROX: tl.constexpr):
+    """The weights that scores give where no sum over the history normalises them. Scores are in base 2 for exp, and
+    have the sign turned too for sigmoid, see `normal_form`."""
+    if NORMALIZE == "exp":
+        return exp2(s, APPROX)
+    elif NORMALIZE == "sigmoid":
+        return 1 / (1 + exp2(s, APPROX))
+    else:
+        tl.static_assert(NORMALIZE == "none")
+        return s
+
+
+@triton.jit
+def weigh_backward(grad, a, NORMALIZE: tl.constexpr):
+    """dL/ds from dL/da, where a = weigh(s)."""
+    if NORMALIZE == "exp":
+        return grad * a * LN_2
+    elif NORMALIZE == "sigmoid":
+        return grad * a * (a - 1) * LN_2
+    else:
+        return grad
 
 
 @triton.constexpr_function

@@ -47,11 +47,14 @@ def _merge_kernel(
     offsets,
     out,
     lse,
+    places,
     batch,
     programs,
     WIDTH: tl.constexpr,
+    ROW: tl.constexpr,
     BLOCK: tl.constexpr,
     SOFTMAX: tl.constexpr,
+    PLACED: tl.constexpr,
     LEAST_ROWS: tl.constexpr,
 ):
     """One program per boundary between two programs. It works if the sequence that the boundary cuts began in
@@ -92,7 +95,12 @@ def _merge_kernel(
     if SOFTMAX:
         acc /= mass
         tl.store(lse + sequence, (peak + tl.log2(mass)) * LN_2)
-    tl.store(out + sequence.to(tl.int64) * WIDTH + column, acc.to(out.dtype.element_ty), mask=inside)
+    if PLACED:
+        first = tl.load(places[0] + sequence)
+        inside = inside & (column < (tl.load(places[1] + sequence) - first) * ROW)
+    else:
+        first = sequence.to(tl.int64)
+    tl.store(out + first * ROW + column, acc.to(out.dtype.element_ty), mask=inside)
 
 
 def merge(
@@ -103,23 +111,31 @@ def merge(
     lse: Tensor,
     programs: int,
     least_rows: int,
+    places: tuple[Tensor, Tensor] | None = None,
 ) -> None:
     """Joins the parts `[2·programs, width]` of cut sequences into their rows of `out [B, width]`: sums, or with
-    each part's `(maximum, sum)` of exponentials in base 2, the softmax's average and log-sum-exp."""
+    each part's `(maximum, sum)` of exponentials in base 2, the softmax's average and log-sum-exp.
+
+    With `places`, `[B]` each, a sequence goes to the rows of `out` from its first to before its second place, as far as
+    a part is wide.
+    """
     if programs == 1:
         return
-    width = out.shape[1]
+    width = part.shape[1]
     _merge_kernel[(programs - 1,)](
         part,
         part if part_state is None else part_state,
         offsets,
         out,
         lse,
+        (offsets, offsets) if places is None else places,
         offsets.numel() - 1,
         programs,
         WIDTH=width,
+        ROW=out.shape[1],
         BLOCK=triton.next_power_of_2(width),
         SOFTMAX=part_state is not None,
+        PLACED=places is not None,
         LEAST_ROWS=least_rows,
         num_warps=1,
     )

@@ -38,6 +38,10 @@ class Case:
     dtype: torch.dtype = torch.float32
     slack: int = 3
     offsets_dtype: torch.dtype = torch.int64
+    candidates: Sequence[int] | None = None  # how many queries each history has; one without it
+    table: int | None = None  # rows of a table that keys and values are read from
+    unique_rows: bool = False
+    sparse_grad: bool = False
     seed: int = 0
 
     def options(self) -> dict[str, Any]:
@@ -49,6 +53,21 @@ class Case:
             "return_scores": self.return_scores,
         }
 
+    def data(self) -> dict[str, Any]:
+        """Where the items lie, and who reads them."""
+        given: dict[str, Any] = {}
+        if self.candidates is not None:
+            given["query_offsets"] = offsets_of(torch.tensor(self.candidates, dtype=torch.int64))
+        if self.table is not None:
+            generator = torch.Generator().manual_seed(self.seed + 2)
+            total = sum(self.lengths)
+            if self.unique_rows:
+                rows = torch.randperm(self.table, generator=generator)[:total]
+            else:
+                rows = torch.randint(self.table, (total,), generator=generator)
+            given["rows"] = torch.cat([rows, torch.full((self.slack,), 1 << 40)])  # which nobody may read
+        return given
+
     def offsets(self) -> Tensor:
         return offsets_of(torch.tensor(self.lengths, dtype=torch.int64)).to(self.offsets_dtype)
 
@@ -59,11 +78,9 @@ class Case:
         def normal(*shape: int, std: float = 1.0) -> Tensor:
             return (std * torch.randn(*shape, generator=generator)).to(self.dtype)
 
-        total = sum(self.lengths)
-        tensors = {
-            "query": normal(len(self.lengths), self.dim),
-            "keys": normal(total + self.slack, self.dim),
-        }
+        total = sum(self.lengths) if self.table is None else self.table
+        queries = len(self.lengths) if self.candidates is None else sum(self.candidates) + self.slack
+        tensors = {"query": normal(queries, self.dim), "keys": normal(total + self.slack, self.dim)}
         if self.value_dim is not None:
             tensors["values"] = normal(total + self.slack, self.value_dim)
         for name in ("keys", "values"):
@@ -123,6 +140,7 @@ def call(
         group("bias"),
         values=tensors.get("values"),
         activation_params=slopes,
+        **case.data(),
         **case.options(),
         **changes,
     )
@@ -148,16 +166,31 @@ def eager(case: Case, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Padded code in the precision of the case, as libraries write it."""
 
     def padded(
-        query: Tensor, keys: Tensor, offsets: Tensor, weights: Any, biases: Any, **options: Any
+        query: Tensor,
+        keys: Tensor,
+        offsets: Tensor,
+        weights: Any,
+        biases: Any,
+        *,
+        values: Tensor | None,
+        query_offsets: Tensor | None = None,
+        rows: Tensor | None = None,
+        **options: Any,
     ) -> Any:
-        history = Jagged(keys, offsets)
         longest = max(case.lengths, default=0)
-        mask = torch.arange(longest) < history.lengths[:, None]
-        values = options.pop("values")
-        if values is not None:
-            values = history.with_values(values).to_padded(longest)
+        mask = torch.arange(longest) < offsets.diff()[:, None]
+        owner = torch.arange(len(query))
+        if query_offsets is not None:
+            owner = Jagged(query, query_offsets).segment_ids()
+            mask = torch.nn.functional.pad(mask, (0, 0, 0, 1))[owner]
+            owner = owner.clamp_max(len(case.lengths) - 1)
+
+        def pad(x: Tensor) -> Tensor:
+            x = x if rows is None else x[rows[: offsets[-1]]]
+            return Jagged(x, offsets).to_padded(longest)[owner]
+
         result = activation_unit_padded(
-            query, history.to_padded(longest), mask, weights, biases, values=values, **options
+            query, pad(keys), mask, weights, biases, values=None if values is None else pad(values), **options
         )
         if not case.return_scores:
             return result
@@ -176,7 +209,7 @@ def assert_within_budget(case: Case, got: dict[str, Tensor], tensors: dict[str, 
     truth, reference = exact(case, tensors), eager(case, tensors)
     assert got.keys() == truth.keys()
     total = sum(case.lengths)
-    values = tensors.get("values", tensors["keys"])[:total].double()
+    values = tensors.get("values", tensors["keys"])[: -case.slack or None].double()
     term = float(values.norm(dim=1).max()) * values.shape[1] ** 0.5 if total else 0.0
     noise = (
         torch.finfo(torch.promote_types(case.dtype, torch.float32)).eps * term * total**0.5 * abs(case.scale)

@@ -67,6 +67,14 @@ def test_kernels_equal_the_formula_at_every_width(
     check(variant(dim=dim, hidden=hidden, dtype=precision, lengths=[0, 40, 3]))
 
 
+@pytest.mark.parametrize("normalize", ["exp", "sigmoid"])
+@pytest.mark.parametrize("return_scores", [False, True])
+def test_kernels_equal_the_formula_for_every_normalization(
+    normalize: str, return_scores: bool, precision: torch.dtype
+) -> None:
+    check(variant(normalize=normalize, return_scores=return_scores, dtype=precision))
+
+
 @pytest.mark.parametrize("normalize", ["softmax", "none"])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_kernels_equal_the_formula_for_every_activation(
@@ -107,7 +115,7 @@ def test_the_composite_path_equals_the_formula(lengths: list[int], dtype: torch.
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize("normalize", ["softmax", "none"])
+@pytest.mark.parametrize("normalize", ["softmax", "none", "exp", "sigmoid"])
 def test_the_composite_path_equals_the_formula_for_every_activation(activation: str, normalize: str) -> None:
     check(variant(activation=activation, normalize=normalize, hidden=(9, 8, 7, 6)), "torch")
 

@@ -44,23 +44,11 @@ F64 = torch.float64
 # what is changed, what is raised, what it says
 BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     # not built yet
-    ({"query_offsets": torch.tensor([0, 1, 2])}, NotImplementedError, "query_offsets: candidates that share"),
-    ({"rows": torch.arange(T)}, NotImplementedError, "rows: keys by index are not built yet"),
     (
         {"activation": "dice"},
         NotImplementedError,
         "activation: 'dice' is not built yet; there are sigmoid, relu, leaky_relu, prelu, silu, gelu, tanh,"
         " identity",
-    ),
-    (
-        {"normalize": "exp"},
-        NotImplementedError,
-        "normalize: 'exp' is not built yet; there are softmax, none",
-    ),
-    (
-        {"normalize": "sigmoid"},
-        NotImplementedError,
-        "normalize: 'sigmoid' is not built yet; there are softmax, none",
     ),
     # query
     ({"query": [[1.0] * D] * B}, TypeError, "query: expected a tensor, got list"),
@@ -149,7 +137,7 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
         "activation: expected one of sigmoid, relu, leaky_relu, prelu, silu, gelu, tanh, identity,"
         " got 'swish'",
     ),
-    ({"normalize": "sum"}, ValueError, "normalize: expected one of softmax, none, got 'sum'"),
+    ({"normalize": "sum"}, ValueError, "normalize: expected one of softmax, none, exp, sigmoid, got 'sum'"),
     # activation_params
     (
         {"activation_params": 0.1},

@@ -15,8 +15,10 @@ import torch
 from torch import Tensor
 
 from recattn.composite.activations import FROM_OUTPUT, activate, activation_backward_
-from recattn.composite.blocks import Block, Histories, Workspace, segment_sum
+from recattn.composite.blocks import Block, Workspace, segment_sum
 from recattn.composite.first_layer import FirstLayer, FirstLayerGradients
+from recattn.composite.items import Items, zero_slack_
+from recattn.ops.candidates import Candidates
 from recattn.ops.fold import Folded
 
 __all__ = ["Unit", "backward", "forward", "segment_sum"]
@@ -30,9 +32,12 @@ class Unit(NamedTuple):
     """One call, its first layer folded; everything in the dtype to compute in but query, keys and values."""
 
     query: Tensor  # [B, D]
-    keys: Tensor  # [T, D]
-    values: Tensor  # [T, Dv]
-    offsets: Tensor  # [B + 1]
+    keys: Tensor  # [R, D]
+    values: Tensor  # [R, Dv]
+    offsets: Tensor  # [B + 1], of the sequences, one per query
+    candidates: Candidates | None  # where sequences share histories
+    rows: Tensor | None  # [T], the row of keys and values at each position; the position itself without it
+    unique_rows: bool  # whether gradients go to these rows, which are all different, else to the positions
     first: Folded
     weights: Sequence[Tensor]  # [H2, H1], ..., [1, Hn]
     biases: Sequence[Tensor]
@@ -45,6 +50,15 @@ class Unit(NamedTuple):
     def dtype(self) -> torch.dtype:
         return self.first.bias.dtype
 
+    @property
+    def positions(self) -> int:
+        return self.keys.shape[0] if self.rows is None else self.rows.numel()
+
+    @property
+    def most_rows(self) -> int:
+        """As many rows as all sequences may have."""
+        return self.positions * (1 if self.candidates is None else self.query.shape[0])
+
 
 class Network:
     """The MLP of a call on blocks of rows.
@@ -56,11 +70,11 @@ class Network:
         size: how many rows a block has at most.
     """
 
-    def __init__(self, unit: Unit) -> None:
-        rows, dim = unit.keys.shape
+    def __init__(self, unit: Unit, rows: int) -> None:
+        dim = unit.keys.shape[1]
         row_bytes = unit.dtype.itemsize * (dim + sum(weight.shape[1] for weight in unit.weights))
         block_bytes = BLOCK_BYTES.get(unit.keys.device.type, BLOCK_BYTES["cuda"])
-        self.size = min(max(block_bytes // row_bytes, 1), rows)
+        self.size = min(max(block_bytes // row_bytes, 1), max(rows, 1))
         self.workspace = Workspace(unit.first.bias, self.size)
         self.first = FirstLayer(unit.first, unit.query.to(unit.dtype), self.workspace)
         self.weights = [*unit.weights[:-1], unit.weights[-1] * unit.scale]
@@ -88,20 +102,31 @@ class Network:
 
 def forward(unit: Unit) -> tuple[Tensor, Tensor, Tensor]:
     """`out [B, Dv]`, the attention `a [T]` and the log-sum-exp `[B]` of the scores, in `unit.dtype`."""
-    total, batch = unit.keys.shape[0], unit.offsets.numel() - 1
+    items = _items(unit)
+    batch, total = unit.query.shape[0], items.histories.sequence.numel()
+    if unit.candidates is None:
+        total = unit.positions
     scores = unit.keys.new_zeros(total, dtype=unit.dtype)
     out = unit.values.new_zeros(batch, unit.values.shape[1], dtype=unit.dtype)
     lse = scores.new_full((batch,), -torch.inf if unit.normalize == "softmax" else 0)
-    network = Network(unit)
-    for span in Histories.of(unit.offsets, total).spans():
+    network = Network(unit, total)
+    for span in items.histories.spans():
         for block in span.pieces(network.size):
-            hidden = network.hidden(block, unit.keys[block.rows].to(unit.dtype))
+            hidden = network.hidden(block, items(unit.keys, block))
             network.scores(hidden[-1], out=scores[block.rows])
         attention = scores[span.rows]
-        if unit.normalize == "softmax":
-            _softmax_(attention, lse, span)
-        out[span.owners] = span.sum(unit.values[span.rows].to(unit.dtype), attention)
-    return out, _zero_slack_(scores, unit.offsets), lse
+        match unit.normalize:
+            case "softmax":
+                _softmax_(attention, lse, span)
+            case "exp" | "sigmoid":
+                getattr(attention, unit.normalize + "_")()
+        out[span.owners] = span.sum(items(unit.values, span), attention)
+    return out, zero_slack_(scores, unit.offsets), lse
+
+
+def _items(unit: Unit) -> Items:
+    starts = None if unit.candidates is None else unit.candidates.starts
+    return Items(unit.offsets, starts, unit.rows, unit.positions, unit.unique_rows, unit.dtype)
 
 
 def _softmax_(scores: Tensor, lse: Tensor, span: Block) -> None:
@@ -121,19 +146,20 @@ def backward(
     """Gradients of query (but for its way through c), keys, values, key, product and bias of the folded
     layer, weights, biases, slopes; the last three as lists. `delta [B]` is Σ_t a_t dL/da_t, for softmax."""
     separate = unit.values is not unit.keys
-    network = Network(unit)
+    items = _items(unit)
+    network = Network(unit, items.histories.sequence.numel())
     workspace, grad_first = network.workspace, FirstLayerGradients(network.first)
-    grad_keys = unit.keys.new_empty(unit.keys.shape)
-    grad_values = unit.values.new_empty(unit.values.shape) if separate else None
+    grad_keys = items.gradient_of(unit.keys)
+    grad_values = items.gradient_of(unit.values) if separate else None
     grad_weights = [torch.zeros_like(w) for w in unit.weights]
     grad_biases = [torch.zeros_like(b) for b in unit.biases]
     grad_slopes = [torch.zeros_like(s) for s in unit.slopes if isinstance(s, Tensor)]
     grad_out = grad_out.to(unit.dtype)
-    spans = Histories.of(unit.offsets, unit.keys.shape[0]).spans()
+    spans = items.histories.spans()
     for block in chain.from_iterable(span.pieces(network.size) for span in spans):
         rows = block.rows
-        keys = unit.keys[rows].to(unit.dtype)
-        values = unit.values[rows].to(unit.dtype) if separate else keys
+        keys = items(unit.keys, block)
+        values = items(unit.values, block) if separate else keys
         slack = None
         if not keys.is_cpu:  # as rows of zeros without a gradient it leaves the sums over all rows alone
             slack = torch.arange(rows.start, rows.stop, device=keys.device) >= unit.offsets[-1]
@@ -146,10 +172,16 @@ def backward(
         grad = block.dot(values, upstream, out=workspace("scratch", *values.shape))  # dL/da, [n, length]
         if grad_scores is not None:
             grad += block.split(grad_scores[rows])
-        if unit.normalize == "softmax":
-            assert delta is not None
-            attention.sub_(block.take(lse)).exp_()
-            grad.sub_(block.take(delta)).mul_(attention)
+        match unit.normalize:
+            case "softmax":
+                assert delta is not None
+                attention.sub_(block.take(lse)).exp_()
+                grad.sub_(block.take(delta)).mul_(attention)
+            case "exp":
+                grad.mul_(attention.exp_())
+            case "sigmoid":
+                attention.sigmoid_()
+                torch.ops.aten.sigmoid_backward.grad_input(grad, attention, grad_input=grad)
         grad = grad.view(-1, 1)
         if slack is not None:
             grad.masked_fill_(slack.unsqueeze(1), 0)
@@ -162,23 +194,22 @@ def backward(
             slope = activation_backward_(grad, z, unit.activation, unit.slopes[layer])
             if slope is not None:
                 grad_slopes[layer] += slope
-        grad_rows = grad_keys[rows].to(unit.dtype)
+        grad_rows = items.rows_of(grad_keys, block)
         grad_first.add(block, keys, grad, grad_rows)
         if grad_values is None:
             block.split(grad_rows).addcmul_(upstream, attention.unsqueeze(2))
         else:
-            torch.mul(upstream, attention.unsqueeze(2), out=block.split(grad_values[rows]))
-        if grad_rows.dtype != grad_keys.dtype:
-            grad_keys[rows] = grad_rows
+            value_rows = items.rows_of(grad_values, block)
+            torch.mul(upstream, attention.unsqueeze(2), out=block.split(value_rows))
+            items.put(grad_values, block, value_rows)
+        items.put(grad_keys, block, grad_rows)
     for gradient in (grad_weights[-1], grad_biases[-1]):
         gradient.mul_(unit.scale)
-    for gradient in (grad_keys, *([] if grad_values is None else [grad_values])):
-        _zero_slack_(gradient, unit.offsets)
     grad_key, grad_product = grad_first.folded.permute(1, 2, 0)
     return (
         grad_first.query,
-        grad_keys,
-        grad_values,
+        items.finished(grad_keys, unit.keys.dtype),
+        None if grad_values is None else items.finished(grad_values, unit.values.dtype),
         grad_key,
         grad_product,
         grad_first.bias,
@@ -186,12 +217,3 @@ def backward(
         grad_biases,
         grad_slopes,
     )
-
-
-def _zero_slack_(x: Tensor, offsets: Tensor) -> Tensor:
-    """Zeroes the rows of slack in `[T, ...]`, in place."""
-    if x.is_cpu:
-        x[int(offsets[-1]) :].zero_()
-        return x
-    valid = torch.arange(x.shape[0], device=x.device) < offsets[-1]
-    return x.masked_fill_(~valid.reshape(-1, *(1,) * (x.dim() - 1)), 0)

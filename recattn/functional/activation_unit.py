@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from recattn.backend import requested_backend
@@ -24,6 +25,8 @@ def activation_unit(
     values: Tensor | None = None,
     query_offsets: Tensor | None = None,
     rows: Tensor | None = None,
+    unique_rows: bool = False,
+    sparse_grad: bool = False,
     features: Sequence[str] = FEATURES,
     activation: str = "sigmoid",
     activation_params: Sequence[Tensor] | float | None = None,
@@ -42,27 +45,34 @@ def activation_unit(
     Neither the concatenated features nor any hidden activation is stored; backward computes them again.
 
     Args:
-        query: `[B, D]`, one target per history.
+        query: `[B, D]`, one target per history; or `[N, D]`, see `query_offsets`.
         keys: `[T, D]`, the histories end to end. Rows from `offsets[-1]` on are never read.
         offsets: `[B + 1]`, int32 or int64: history b is `keys[offsets[b]:offsets[b + 1]]`. It may be empty.
         weights: as in `nn.Linear`: `[H1, F·D]`, `[H2, H1]`, ..., `[1, Hn]`, for F features.
         biases: `[H1]`, `[H2]`, ..., `[1]`.
         values: `[T, Dv]`, what is pooled; the keys if not given.
+        query_offsets: `[B + 1]`, int32 or int64: the queries from `query_offsets[b]` to `query_offsets[b + 1]` are
+            candidates that share history b, which is not copied. There may be none. Those behind the last give 0.
+        rows: `[T]`, int32 or int64: position t of the histories has row `rows[t]` of keys and values, which then may
+            have any number of rows: padded batches, the table of an embedding. `offsets` counts positions.
+        unique_rows: promises that no row is at two positions, so that gradients need no sorting.
+        sparse_grad: whether the gradient of keys and values read by `rows` is sparse.
         features: which of `"q"`, `"k"`, `"q-k"`, `"q*k"`, in the order of the blocks in the first weight.
         activation: `"sigmoid"`, `"relu"`, `"leaky_relu"`, `"prelu"`, `"silu"`, `"gelu"` (exact), `"tanh"` or
             `"identity"`.
         activation_params: for prelu a slope per hidden layer, a tensor of 1 or of H elements each; for
             leaky_relu the negative slope, 0.01 if not given.
-        normalize: `"softmax"` over the history, or `"none"`.
+        normalize: `"softmax"` over the history; `"exp"` or `"sigmoid"` of each score; or `"none"`.
         scale: multiplies the score before it is normalised.
-        return_scores: whether to return `a` too.
+        return_scores: whether to return `a` too. Not with `query_offsets`, as only the device knows its size.
 
     All tensors are of one floating dtype (float16, bfloat16, float32; float64 without a fused kernel) and on
     one device; under autocast they are cast to its dtype. float32 products follow
-    `torch.get_float32_matmul_precision()`. Every floating argument is differentiable, once.
+    `torch.get_float32_matmul_precision()`. Every floating argument is differentiable, once. Nothing waits for the
+    device, but for candidates that no kernel covers.
 
     Returns:
-        `[B, Dv]`, zero for an empty history; with `return_scores` also `a`, `[T]`, zero for slack rows.
+        `[B, Dv]` or `[N, Dv]`, zero for an empty history; with `return_scores` also `a`, `[T]`, zero for slack.
 
     Raises:
         TypeError: for a dtype that is not supported, or dtypes that disagree.
@@ -71,10 +81,6 @@ def activation_unit(
 
     Source: Zhou et al., "Deep Interest Network for Click-Through Rate Prediction", KDD 2018.
     """
-    if query_offsets is not None:
-        raise NotImplementedError("query_offsets: candidates that share a history are not built yet")
-    if rows is not None:
-        raise NotImplementedError("rows: keys by index are not built yet")
     weights, biases = list(weights), list(biases)
     slopes, negative_slope = _activation_params(activation, activation_params, len(weights) - 1)
     expect_tensor("keys", keys)
@@ -84,19 +90,27 @@ def activation_unit(
         layers[len(weights) :][: len(biases)],
         layers[len(weights) + len(biases) :],
     )
-    check_choice("normalize", normalize, NORMALIZATIONS, planned=("exp", "sigmoid"))
-    _check_histories(query, keys, offsets, values)
+    check_choice("normalize", normalize, NORMALIZATIONS)
+    _check_histories(query, keys, offsets, values, query_offsets, rows)
+    if sparse_grad and rows is None:
+        raise ValueError("sparse_grad: expected False, since no rows are given")
+    if return_scores and query_offsets is not None:
+        raise ValueError("return_scores: expected False, since query_offsets are given")
     _check_layers(query, weights, biases, slopes, features)
     if checks.VALIDATE:
-        Jagged(keys, offsets).validate()
+        _validate(keys, offsets, query, query_offsets, rows)
     out, attention, *_ = _op.forward_op(
         query,
         keys,
         offsets,
         values,
+        query_offsets,
+        rows,
         weights,
         biases,
         slopes,
+        unique_rows,
+        sparse_grad,
         list(features),
         activation,
         negative_slope,
@@ -108,7 +122,14 @@ def activation_unit(
     return (out, attention) if return_scores else out
 
 
-def _check_histories(query: Tensor, keys: Tensor, offsets: Tensor, values: Tensor | None) -> None:
+def _check_histories(
+    query: Tensor,
+    keys: Tensor,
+    offsets: Tensor,
+    values: Tensor | None,
+    query_offsets: Tensor | None,
+    rows: Tensor | None,
+) -> None:
     check_tensor("keys", keys, ("T", "D"), like=keys)
     if keys.dtype not in checks.DTYPES:
         raise TypeError(f"keys: expected one of {', '.join(map(str, checks.DTYPES))}, got {keys.dtype}")
@@ -116,9 +137,41 @@ def _check_histories(query: Tensor, keys: Tensor, offsets: Tensor, values: Tenso
         raise ValueError(f"keys: expected a width of at least 1, got {list(keys.shape)}")
     expect_tensor("offsets", offsets)
     check_offsets("offsets", offsets, keys.device)
-    check_tensor("query", query, (offsets.numel() - 1, keys.shape[1]), like=keys)
+    queries: int | str = offsets.numel() - 1
+    if query_offsets is not None:
+        expect_tensor("query_offsets", query_offsets)
+        check_offsets("query_offsets", query_offsets, keys.device)
+        if query_offsets.numel() != offsets.numel():
+            raise ValueError(
+                f"query_offsets: expected {offsets.numel()} elements, as offsets, got {query_offsets.numel()}"
+            )
+        queries = "N"
+    check_tensor("query", query, (queries, keys.shape[1]), like=keys)
     if values is not None:
         check_tensor("values", values, (keys.shape[0], "Dv"), like=keys)
+    if rows is not None:
+        expect_tensor("rows", rows)
+        if rows.dtype not in (torch.int32, torch.int64):
+            raise TypeError(f"rows: expected int32 or int64, got {rows.dtype}")
+        if rows.dim() != 1:
+            raise ValueError(f"rows: expected shape [T], got {list(rows.shape)}")
+        if rows.device != keys.device:
+            raise ValueError(f"rows: expected device {keys.device}, as the keys, got {rows.device}")
+
+
+def _validate(
+    keys: Tensor, offsets: Tensor, query: Tensor, query_offsets: Tensor | None, rows: Tensor | None
+) -> None:
+    """Checks what only the device knows."""
+    Jagged(keys if rows is None else rows, offsets).validate()
+    if query_offsets is not None:
+        Jagged(query, query_offsets).validate()
+    if rows is not None:
+        read = rows[: int(offsets[-1])]
+        if read.numel() and not 0 <= int(read.min()) <= int(read.max()) < keys.shape[0]:
+            raise ValueError(
+                f"rows: expected 0 to {keys.shape[0] - 1}, got {int(read.min())} to {int(read.max())}"
+            )
 
 
 def _check_layers(

@@ -10,17 +10,20 @@ import torch
 from torch import Tensor
 
 from recattn.composite import activation_unit as composite
+from recattn.ops.candidates import Candidates
 from recattn.ops.fold import FEATURES, fold, unfold
 from recattn.ops.library import LIBRARY, choose, without_autocast
+from recattn.ops.rows import table_gradient
 
 __all__ = ["ACTIVATIONS", "FEATURES", "NORMALIZATIONS", "backward_op", "forward_op"]
 
 ACTIVATIONS = ("sigmoid", "relu", "leaky_relu", "prelu", "silu", "gelu", "tanh", "identity")
-NORMALIZATIONS = ("softmax", "none")
+NORMALIZATIONS = ("softmax", "none", "exp", "sigmoid")
 
 _ARGUMENTS = (
-    "Tensor query, Tensor keys, Tensor offsets, Tensor? values, Tensor[] weights, Tensor[] biases,"
-    " Tensor[] slopes, str[] features, str activation, float negative_slope, str normalize, float scale"
+    "Tensor query, Tensor keys, Tensor offsets, Tensor? values, Tensor? query_offsets, Tensor? rows, Tensor[] weights,"
+    " Tensor[] biases, Tensor[] slopes, bool unique_rows, bool sparse_grad, str[] features, str activation,"
+    " float negative_slope, str normalize, float scale"
 )
 LIBRARY.define(
     f"activation_unit({_ARGUMENTS}, bool return_scores, str backend) "
@@ -39,9 +42,13 @@ def _unit(
     keys: Tensor,
     offsets: Tensor,
     values: Tensor | None,
+    query_offsets: Tensor | None,
+    rows: Tensor | None,
     weights: Sequence[Tensor],
     biases: Sequence[Tensor],
     slopes: Sequence[Tensor],
+    unique_rows: bool,
+    _sparse_grad: bool,
     features: Sequence[str],
     activation: str,
     negative_slope: float,
@@ -53,11 +60,17 @@ def _unit(
     weights, biases, slopes = (
         [t.to(dtype).contiguous() for t in group] for group in (weights, biases, slopes)
     )
+    candidates = None
+    if query_offsets is not None:
+        candidates, offsets = Candidates.of(query_offsets, offsets, query.shape[0])
     return composite.Unit(
         query=query,
         keys=keys,
         values=keys if values is None else values,
         offsets=offsets,
+        candidates=candidates,
+        rows=rows,
+        unique_rows=unique_rows and rows is not None and candidates is None,
         first=fold(weights[0], biases[0], query.to(dtype), features),
         weights=weights[1:],
         biases=biases[1:],
@@ -120,7 +133,7 @@ def _backward(
     if unit.normalize == "softmax":  # which the last bias shifts and does not change
         biases[-1] = torch.zeros_like(biases[-1])
     weight, first_bias, through_bias = unfold(
-        key, product, bias, unit.first, unit.query.to(unit.dtype), call[7]
+        key, product, bias, unit.first, unit.query.to(unit.dtype), call[11]
     )
     gradients = [query + through_bias, keys, *([] if values is None else [values])]
     gradients += [weight, *weights, first_bias, *biases, *slopes]
@@ -148,20 +161,23 @@ for _key in ("CPU", "CUDA"):
 
 @torch.library.register_fake("recattn::activation_unit", lib=LIBRARY)
 def _fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    query, keys, _, values = arguments[:4]
+    query, keys, _, values, _, rows = arguments[:6]
     return_scores = arguments[-2]
     values = keys if values is None else values
     out = values.new_empty(query.shape[0], values.shape[1])
-    scores = values.new_empty(values.shape[0] if return_scores else 0)
+    positions = keys.shape[0] if rows is None else rows.numel()
+    scores = values.new_empty(positions if return_scores else 0)
     lse = query.new_empty(query.shape[0], dtype=torch.promote_types(keys.dtype, torch.float32))
     return out, scores, lse, lse.new_empty(0 if lse.dtype == out.dtype else out.shape)
 
 
 @torch.library.register_fake("recattn::activation_unit_backward", lib=LIBRARY)
 def _fake_backward(*arguments: Any) -> list[Tensor]:
-    query, keys, _, values, weights, biases, slopes = arguments[5:12]
-    inputs = [query, keys, *([] if values is None else [values]), *weights, *biases, *slopes]
-    return [tensor.new_empty(tensor.shape) for tensor in inputs]
+    query, keys, _, values, query_offsets, rows, weights, biases, slopes, unique_rows = arguments[5:15]
+    read = [keys, *([] if values is None else [values])]
+    if rows is not None and not (unique_rows and query_offsets is None):
+        read = [tensor.new_empty(rows.numel(), tensor.shape[1]) for tensor in read]
+    return [tensor.new_empty(tensor.shape) for tensor in (query, *read, *weights, *biases, *slopes)]
 
 
 class _Autograd(torch.autograd.Function):
@@ -170,11 +186,9 @@ class _Autograd(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, layers: int, options: tuple[Any, ...], *tensors: Any) -> tuple[Tensor, ...]:
-        query, keys, offsets, values, *groups = tensors
+        data, groups = tensors[:6], tensors[6:]
         with torch._C._AutoDispatchBelowAutograd():
-            out, scores, lse, exact_out = forward_op(
-                query, keys, offsets, values, *_grouped(groups, layers), *options
-            )
+            out, scores, lse, exact_out = forward_op(*data, *_grouped(groups, layers), *options)
         ctx.save_for_backward(out if exact_out.dtype == out.dtype else exact_out, scores, lse, *tensors)
         ctx.layers, ctx.options = layers, options
         ctx.set_materialize_grads(False)
@@ -183,26 +197,29 @@ class _Autograd(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor | None, grad_scores: Tensor | None, *_: Any) -> tuple[Any, ...]:
-        exact_out, scores, lse, query, keys, offsets, values, *groups = ctx.saved_tensors
+        exact_out, scores, lse, *tensors = ctx.saved_tensors
+        data, groups = tensors[:6], tensors[6:]
         *options, return_scores, backend = ctx.options
+        unique_rows, sparse_grad = options[:2]
+        _, keys, offsets, values, query_offsets, rows = data
         if grad_out is None:
             grad_out = torch.zeros_like(exact_out, dtype=keys.dtype)
-        grad_query, grad_keys, *gradients = backward_op(
+        grad_query, *gradients = backward_op(
             grad_out,
             grad_scores if return_scores else None,
             exact_out,
             scores,
             lse,
-            query,
-            keys,
-            offsets,
-            values,
+            *data,
             *_grouped(groups, ctx.layers),
             *options,
             backend,
         )
-        grad_values = None if values is None else gradients.pop(0)
-        return None, None, grad_query, grad_keys, None, grad_values, *gradients
+        read = [gradients.pop(0) for tensor in (keys, values) if tensor is not None]
+        if rows is not None and not (unique_rows and query_offsets is None):
+            read = [table_gradient(g, rows, offsets[-1], keys.shape[0], sparse_grad) for g in read]
+        grad_keys, grad_values = read if values is not None else (read[0], None)
+        return None, None, grad_query, grad_keys, None, grad_values, None, None, *gradients
 
 
 def _grouped(
@@ -213,10 +230,8 @@ def _grouped(
 
 
 def _with_autograd(*arguments: Any) -> tuple[Tensor, ...]:
-    query, keys, offsets, values, weights, biases, slopes, *options = arguments
-    return _Autograd.apply(
-        len(weights), tuple(options), query, keys, offsets, values, *weights, *biases, *slopes
-    )
+    *data, weights, biases, slopes = arguments[:9]
+    return _Autograd.apply(len(weights), arguments[9:], *data, *weights, *biases, *slopes)
 
 
 def _no_second_derivative(*_: Any) -> Any:

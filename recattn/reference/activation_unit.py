@@ -15,6 +15,13 @@ FEATURES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "q*k": lambda q, k: q * k,
 }
 
+NORMALIZATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "softmax": lambda s: torch.softmax(s, dim=-1),
+    "exp": torch.exp,
+    "sigmoid": torch.sigmoid,
+    "none": lambda s: s,
+}
+
 
 def activate(z: Tensor, activation: str, slope: Tensor | float) -> Tensor:
     """The activation of a hidden layer; `slope` is that of prelu (1 or H elements) or leaky_relu."""
@@ -57,6 +64,8 @@ def activation_unit(
     biases: Sequence[Tensor],
     *,
     values: Tensor | None = None,
+    query_offsets: Tensor | None = None,
+    rows: Tensor | None = None,
     features: Sequence[str] = ("q", "k", "q-k", "q*k"),
     activation: str = "sigmoid",
     activation_params: Sequence[Tensor] | float | None = None,
@@ -64,21 +73,27 @@ def activation_unit(
     scale: float = 1.0,
     return_scores: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """One sequence at a time: score each key, normalise over the sequence, sum the values."""
+    """One query at a time: score each key, normalise over the sequence, sum the values."""
     values = keys if values is None else values
+    positions = len(keys) if rows is None else len(rows)
+    if rows is not None:  # of which only those that are in a history may be read
+        rows = rows[: offsets[-1]]
+        keys, values = keys[rows], values[rows]
     bounds = offsets.tolist()
+    queries = [1] * (len(bounds) - 1) if query_offsets is None else query_offsets.diff().tolist()
+    owner = [b for b, count in enumerate(queries) for _ in range(count)]
     pooled, attention = [], []
-    for b, (begin, end) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
-        s = scale * scores(
-            query[b], keys[begin:end], weights, biases, features, activation, activation_params
-        )
-        a = torch.softmax(s, dim=0) if normalize == "softmax" else s
+    for q, b in zip(query, owner, strict=False):  # queries behind the last history's are slack
+        begin, end = bounds[b], bounds[b + 1]
+        s = scale * scores(q, keys[begin:end], weights, biases, features, activation, activation_params)
+        a = NORMALIZATIONS[normalize](s)
         attention.append(a)
         pooled.append(a @ values[begin:end])
+    pooled += [values.new_zeros(values.shape[1])] * (len(query) - len(owner))
     out = torch.stack(pooled) if pooled else values.new_zeros(0, values.shape[1])
     if not return_scores:
         return out
-    slack = values.new_zeros(values.shape[0] - bounds[-1])
+    slack = values.new_zeros(positions - bounds[-1])
     return out, torch.cat([*attention, slack])
 
 
@@ -103,9 +118,8 @@ def activation_unit_padded(
     """
     values = keys if values is None else values
     s = scale * scores(query, keys, weights, biases, features, activation, activation_params)
-    if normalize == "softmax":
-        # A finite fill keeps an empty row free of NaN; its uniform weights are then zeroed as all padding is.
-        s = torch.softmax(s.masked_fill(~mask, torch.finfo(s.dtype).min), dim=-1)
-    a = s.masked_fill(~mask, 0)
+    # A finite fill keeps an empty row free of NaN; its uniform weights are then zeroed as all padding is.
+    fill = torch.finfo(s.dtype).min if normalize == "softmax" else 0.0
+    a = NORMALIZATIONS[normalize](s.masked_fill(~mask, fill)).masked_fill(~mask, 0)
     out = torch.bmm(a.unsqueeze(1), values).squeeze(1)
     return (out, a) if return_scores else out
