@@ -112,29 +112,13 @@ class Jagged:
         """
         if padded.dim() < 2:
             raise ValueError(f"padded: expected [B, L, ...], got {tuple(padded.shape)}")
-        batch, longest = padded.shape[:2]
-        if (lengths is None) == (mask is None):
-            raise ValueError("lengths, mask: expected exactly one of the two")
-        if lengths is not None:
-            lengths = _integers("lengths", lengths, 1)
-            _same_shape("lengths", lengths, (batch,))
-            valid = torch.arange(longest, device=padded.device) < lengths[:, None]
-        else:
-            assert mask is not None
-            if mask.dtype.is_floating_point or mask.dtype.is_complex:
-                raise TypeError(f"mask: expected bool or integers, got {mask.dtype}")
-            _same_shape("mask", mask, (batch, longest))
-            valid = mask != 0
-        offsets = offsets_of(valid.sum(1))
-        if total is None:
-            total = int(offsets[-1]) if padded.device.type == "cpu" else batch * longest
-        offsets = offsets.clamp_max(total)
-        # Where each valid position goes; the others all go to one row past the end, which is dropped.
-        flat = valid.reshape(-1)
-        target = torch.where(flat, flat.cumsum(0) - 1, total).clamp_max(total)
-        rows = torch.zeros(total + 1, dtype=torch.int64, device=padded.device)
-        rows.scatter_(0, target, torch.arange(batch * longest, device=padded.device))
-        return Jagged(padded.reshape(batch * longest, *padded.shape[2:]).index_select(0, rows[:-1]), offsets)
+        rows, offsets = pack(valid_positions(padded, lengths, mask))
+        if total is None and padded.device.type == "cpu":
+            total = int(offsets[-1])
+        rows = rows[:total]
+        if total is not None and total > rows.shape[0]:
+            rows = torch.nn.functional.pad(rows, (0, total - rows.shape[0]))
+        return Jagged(padded.flatten(0, 1).index_select(0, rows), offsets.clamp_max(rows.shape[0]))
 
     def to_padded(self, max_length: int | None = None, padding_value: float = 0.0) -> Tensor:
         """`[B, max_length, ...]`, right padded; longer sequences are cut.
@@ -203,6 +187,33 @@ class Jagged:
 def offsets_of(lengths: Tensor) -> Tensor:
     """`[B]` lengths to `[B + 1]` int64 offsets."""
     return torch.nn.functional.pad(lengths.to(torch.int64).cumsum(0), (1, 0))
+
+
+def valid_positions(padded: Tensor, lengths: Tensor | None, mask: Tensor | None) -> Tensor:
+    """`[B, L]` bool: which positions of `padded [B, L, ...]` count, by exactly one of lengths and mask."""
+    batch, longest = padded.shape[:2]
+    if (lengths is None) == (mask is None):
+        raise ValueError("lengths, mask: expected exactly one of the two")
+    if lengths is not None:
+        lengths = _integers("lengths", lengths, 1)
+        _same_shape("lengths", lengths, (batch,))
+        return torch.arange(longest, device=padded.device) < lengths[:, None]
+    assert mask is not None
+    if mask.dtype.is_floating_point or mask.dtype.is_complex:
+        raise TypeError(f"mask: expected bool or integers, got {mask.dtype}")
+    _same_shape("mask", mask, (batch, longest))
+    return mask != 0
+
+
+def pack(valid: Tensor) -> tuple[Tensor, Tensor]:
+    """Of a mask `[B, L]` the valid positions in a flattened batch, `[B·L]` int64 with zeros behind the last, and the
+    offsets `[B + 1]` of the sequences among them. Nothing is copied to the host."""
+    flat = valid.flatten()
+    rows = torch.zeros(flat.numel() + 1, dtype=torch.int64, device=valid.device)
+    # The positions that do not count all go to one place past the end, which is dropped.
+    place = torch.where(flat, flat.cumsum(0) - 1, flat.numel())
+    rows.scatter_(0, place, torch.arange(flat.numel(), device=valid.device))
+    return rows[:-1], offsets_of(valid.sum(1))
 
 
 def unpack(values: Tensor, valid: Tensor) -> Tensor:

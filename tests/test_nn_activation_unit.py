@@ -146,6 +146,72 @@ def test_batches_without_any_item_pool_to_zero_and_have_gradients(
     attention.sum().backward()  # alone, too
 
 
+@pytest.mark.parametrize("layout", ["jagged", "nested", "mask", "lengths"])
+@pytest.mark.parametrize("implementation", ["fused", "eager"])
+def test_ids_of_a_table_give_what_its_rows_give(implementation: str, layout: str) -> None:
+    layer = unit().use(implementation)
+    query = torch.randn(BATCH, WIDTH, dtype=torch.float64)
+    table = torch.randn(6, WIDTH, dtype=torch.float64, requires_grad=True)
+    values = torch.randn(6, 2, dtype=torch.float64, requires_grad=True)
+    ids = torch.randint(6, (BATCH, LONGEST)).masked_fill(~VALID, 99)
+    packed = Jagged.from_padded(ids, mask=VALID)
+    keys: Any = {"jagged": packed, "nested": nested(packed)}.get(layout, ids)
+    padding = {"mask": {"mask": VALID}, "lengths": {"lengths": LENGTHS}}.get(layout, {})
+    out, scores = layer(query, keys, table=table, values=values, return_scores=True, **padding)
+    rows = packed.with_values(table[packed.values])
+    expected, attention = layer(
+        query, rows, values=packed.with_values(values[packed.values]), return_scores=True
+    )
+    assert_close(out, expected)
+    if layout == "jagged":
+        assert_close(scores.values, attention.values)
+    assert_close(
+        torch.autograd.grad(out.square().sum(), [table, values]),
+        torch.autograd.grad(expected.square().sum(), [table, values]),
+    )
+
+
+@pytest.mark.parametrize("implementation", ["fused", "eager"])
+def test_candidates_share_a_history(implementation: str) -> None:
+    layer = unit().use(implementation)
+    query, padded = batch()
+    query = torch.randn(7, WIDTH, dtype=torch.float64)
+    history = Jagged.from_padded(padded, mask=VALID)
+    out = layer(query, history, query_offsets=torch.tensor([0, 2, 3, 3, 5, 6]))
+    owner = torch.tensor([0, 0, 1, 3, 3, 4])
+    assert_close(out[:6], layer(query[:6], padded[owner], lengths=LENGTHS[owner]))
+    assert out[6].eq(0).all()
+
+
+@pytest.mark.parametrize(
+    ("ids", "values", "error", "message"),
+    [
+        (
+            torch.zeros(BATCH, LONGEST),
+            None,
+            TypeError,
+            "keys: expected ids, int32 or int64, since a table is given",
+        ),
+        (
+            torch.zeros(BATCH, LONGEST, 1, dtype=torch.int64),
+            None,
+            ValueError,
+            "keys: expected ids [B, L], since a",
+        ),
+        (
+            torch.zeros(BATCH, LONGEST, dtype=torch.int64),
+            Jagged(torch.zeros(2, 2), torch.zeros(6, dtype=torch.int64)),
+            TypeError,
+            "values: expected another table, [R, Dv], got Jagged",
+        ),
+    ],
+)
+def test_bad_ids_are_named(ids: Tensor, values: Any, error: type[Exception], message: str) -> None:
+    table = torch.randn(6, WIDTH, dtype=torch.float64)
+    with pytest.raises(error, match=re.escape(message)):
+        unit()(torch.randn(BATCH, WIDTH), ids, table=table, values=values, lengths=LENGTHS)
+
+
 # ---------------------------------------------------------------- the eager twin
 
 
@@ -225,7 +291,7 @@ BAD_OPTIONS: list[tuple[dict[str, Any], str]] = [
     ({"hidden": ()}, "dim, hidden: expected positive widths, got 3 and ()"),
     ({"hidden": (4, 0)}, "dim, hidden: expected positive widths, got 3 and (4, 0)"),
     ({"activation": "swish"}, "activation: expected one of sigmoid, relu,"),
-    ({"normalize": "sum"}, "normalize: expected one of softmax, none, got 'sum'"),
+    ({"normalize": "sum"}, "normalize: expected one of softmax, none, exp, sigmoid, got 'sum'"),
 ]
 
 

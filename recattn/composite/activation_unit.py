@@ -120,7 +120,7 @@ def forward(unit: Unit) -> tuple[Tensor, Tensor, Tensor]:
                 _softmax_(attention, lse, span)
             case "exp" | "sigmoid":
                 getattr(attention, unit.normalize + "_")()
-        out[span.owners] = span.sum(items(unit.values, span), attention)
+        out[span.owners] = items.pool(unit.values, span, attention)
     return out, zero_slack_(scores, unit.offsets), lse
 
 

@@ -174,8 +174,8 @@ def runs(offsets: Tensor) -> list[tuple[int, int, int]]:
 def segment_sum(
     x: Tensor, offsets: Tensor, weights: Tensor | None = None, rows: Tensor | None = None
 ) -> Tensor:
-    """`[n, C]` to `[B, C]` sums over the segments, weighted if asked. `rows` are 0 to n - 1, if at hand."""
-    if x.shape[0] == 0:
+    """`[n, C]` to `[B, C]` sums over the segments, weighted if asked; of the rows given, which without them are all."""
+    if x.shape[0] == 0 or (rows is not None and rows.numel() == 0):
         return x.new_zeros(offsets.numel() - 1, x.shape[1])
     if rows is None:
         rows = torch.arange(x.shape[0], device=x.device)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from recattn.composite.blocks import Block, Histories
+from recattn.composite.blocks import Block, Histories, segment_sum
 
 
 class Items:
@@ -46,6 +46,13 @@ class Items:
         if self.index is not None:
             place = self.index[place]
         return (x[place] if isinstance(place, slice) else x.index_select(0, place)).to(self.dtype)
+
+    def pool(self, x: Tensor, span: Block, weights: Tensor) -> Tensor:
+        """`Σ weights·x` over each sequence of a span, `[sequences, C]`."""
+        if self.index is not None and x.dtype == self.dtype:  # read in place
+            index = self.index[self._place(span)]
+            return segment_sum(x, span.segments[1], weights, index.to(torch.int64))
+        return span.sum(self(x, span), weights)
 
     def gradient_of(self, x: Tensor) -> Tensor:
         """Room for the gradient of keys or values."""

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from recattn import functional
-from recattn.jagged import Jagged, unpack
+from recattn.jagged import Jagged
+from recattn.nn.histories import Histories
 from recattn.nn.twin import Twin
 from recattn.reference import activation_unit_padded
 
@@ -71,49 +72,58 @@ class ActivationUnit(Twin):
         *,
         lengths: Tensor | None = None,
         mask: Tensor | None = None,
-        values: Tensor | None = None,
+        values: Jagged | Tensor | None = None,
+        table: Tensor | None = None,
+        sparse_grad: bool = False,
+        query_offsets: Tensor | None = None,
         return_scores: bool = False,
     ) -> Any:
-        """Pools the histories.
+        """Pools the histories. No layout is copied into another.
 
         Args:
-            query: `[B, D]`.
+            query: `[B, D]`, or with `query_offsets` `[N, D]`.
             keys: the histories: a `Jagged` of `[T, D]`; a nested tensor (layout torch.jagged) `[B, *, D]`; or
                 padded, `[B, L, D]`, together with
             lengths: `[B]` integers, for right padding, or
             mask: `[B, L]`, bool or integers, non-zero where an item counts, in any pattern.
             values: what is pooled instead of the keys, in the layout of the keys but of any width.
+            table: `[R, D]`, such as the weight of an embedding. Then `keys` has ids of its rows, without the last
+                dimension, the vectors of the histories never exist, and `values` may be another table.
+            sparse_grad: whether the gradient of a table is sparse.
+            query_offsets: `[B + 1]`: queries from `query_offsets[b]` to `query_offsets[b + 1]` share history b.
             return_scores: whether to return the attention too.
 
         Returns:
-            `[B, Dv]`, zero for an empty history; with `return_scores` also the attention, in the layout of the
-            keys: Jagged or nested `[T]`, or `[B, L]` with 0 at the padding.
+            `[B, Dv]` or `[N, Dv]`, zero for an empty history; with `return_scores` also the attention, in the layout
+            of the keys: Jagged or nested `[T]`, or `[B, L]` with 0 at the padding.
 
         Raises:
             TypeError, ValueError: as `recattn.functional.activation_unit`, and if lengths or a mask come with
                 keys that are not padded, or neither with keys that are.
         """
-        padded = isinstance(keys, Tensor) and not keys.is_nested
-        if not padded and (lengths is not None or mask is not None):
-            raise ValueError("lengths, mask: expected None, since keys are not padded")
-        if isinstance(keys, Tensor) and not keys.is_nested and keys.dim() != 3:
-            raise ValueError(f"keys: expected [B, L, D], got {list(keys.shape)}")
-        history = _to_jagged(keys, lengths, mask)
-        if query.shape != (history.batch_size, self.dim):
-            raise ValueError(
-                f"query: expected shape [{history.batch_size}, {self.dim}], got {list(query.shape)}"
+        history = Histories.of(keys, values, lengths, mask, table)
+        queries = history.offsets.numel() - 1 if query_offsets is None else "N"
+        if query.dim() != 2 or query.shape[1] != self.dim or queries not in ("N", query.shape[0]):
+            raise ValueError(f"query: expected shape [{queries}, {self.dim}], got {list(query.shape)}")
+        if self.implementation == "eager":
+            result = self._eager(query, history, query_offsets, return_scores)
+        else:
+            result = functional.activation_unit(
+                query,
+                history.keys,
+                history.offsets,
+                values=history.values,
+                query_offsets=query_offsets,
+                rows=history.rows,
+                unique_rows=history.unique_rows,
+                sparse_grad=sparse_grad,
+                return_scores=return_scores,
+                **self._arguments(),
             )
-        pooled = None if values is None else _to_jagged(values, lengths, mask).values
-        compute = self._eager if self.implementation == "eager" else self._fused
-        result = compute(query, history, pooled, return_scores)
         if not return_scores:
             return result
         out, attention = result
-        if isinstance(keys, Jagged):
-            return out, history.with_values(attention)
-        if not padded:
-            return out, history.with_values(attention).to_nested()
-        return out, unpack(attention, _valid(keys, lengths, mask))
+        return out, history.in_layout_of(keys, attention)
 
     def _arguments(self) -> dict[str, Any]:
         slope: Any = None
@@ -131,49 +141,31 @@ class ActivationUnit(Twin):
             "scale": self.scale,
         }
 
-    def _fused(self, query: Tensor, history: Jagged, values: Tensor | None, return_scores: bool) -> Any:
-        return functional.activation_unit(
-            query,
-            history.values,
-            history.offsets,
-            values=values,
-            return_scores=return_scores,
-            **self._arguments(),
-        )
-
-    def _eager(self, query: Tensor, history: Jagged, values: Tensor | None, return_scores: bool) -> Any:
-        keys = history.to_padded()
-        mask = torch.arange(keys.shape[1], device=keys.device) < history.lengths[:, None]
+    def _eager(
+        self, query: Tensor, history: Histories, query_offsets: Tensor | None, return_scores: bool
+    ) -> Any:
+        items, values = history.packed()
+        keys = items.to_padded()
+        mask = torch.arange(keys.shape[1], device=keys.device) < items.lengths[:, None]
+        padded_values = None if values is None else items.with_values(values).to_padded()
+        if query_offsets is not None:
+            owner = Jagged(query, query_offsets).segment_ids()
+            mask = torch.nn.functional.pad(mask, (0, 0, 0, 1))[
+                owner
+            ]  # the last row for queries of no history
+            owner = owner.clamp_max(items.batch_size - 1)
+            keys = keys[owner]
+            padded_values = None if padded_values is None else padded_values[owner]
         out, attention = activation_unit_padded(
-            query,
-            keys,
-            mask,
-            values=None if values is None else history.with_values(values).to_padded(),
-            return_scores=True,
-            **self._arguments(),
+            query, keys, mask, values=padded_values, return_scores=True, **self._arguments()
         )
         if not return_scores:
             return out
-        position = torch.arange(history.values.shape[0], device=keys.device)
-        sequence = history.segment_ids()
-        padded_row = sequence * keys.shape[1] + position - history.offsets[sequence]
+        position = torch.arange(items.values.shape[0], device=keys.device)
+        sequence = items.segment_ids()
+        padded_row = sequence * keys.shape[1] + position - items.offsets[sequence]
         flat = torch.nn.functional.pad(attention.reshape(-1), (0, 1))  # the last for slack rows
-        return out, flat[torch.where(sequence < history.batch_size, padded_row, flat.numel() - 1)]
+        return out, flat[torch.where(sequence < items.batch_size, padded_row, flat.numel() - 1)]
 
     def extra_repr(self) -> str:
         return f"dim={self.dim}, activation={self.activation!r}, normalize={self.normalize!r}, scale={self.scale}"
-
-
-def _to_jagged(x: Jagged | Tensor, lengths: Tensor | None, mask: Tensor | None) -> Jagged:
-    if isinstance(x, Jagged):
-        return x
-    if x.is_nested:
-        return Jagged.from_nested(x)
-    return Jagged.from_padded(x, lengths=lengths, mask=mask)
-
-
-def _valid(keys: Tensor, lengths: Tensor | None, mask: Tensor | None) -> Tensor:
-    if mask is not None:
-        return mask != 0
-    assert lengths is not None
-    return torch.arange(keys.shape[1], device=keys.device) < lengths[:, None]

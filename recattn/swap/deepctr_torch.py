@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from recattn import functional
 from recattn.backend import requested_backend
-from recattn.jagged import Jagged, unpack
+from recattn.jagged import pack, unpack
 from recattn.swap.coverage import Swap, Uncovered, expect, hidden_activation
 
 __all__ = ["SWAPS", "FusedAttentionSequencePoolingLayer"]
@@ -48,11 +48,13 @@ class FusedAttentionSequencePoolingLayer(AttentionSequencePoolingLayer):
             if requested_backend() == "triton":
                 raise NotImplementedError(f'backend "triton": {reason}') from None
             return super().forward(query, keys, keys_length, mask)
-        history = Jagged.from_padded(keys, mask=valid)
+        rows, offsets = pack(valid)
         result = functional.activation_unit(
             query.squeeze(1),
-            history.values,
-            history.offsets,
+            keys.flatten(0, 1),
+            offsets,
+            rows=rows,
+            unique_rows=True,
             return_scores=self.return_score,
             **arguments,
         )
