@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import settings
+from . import activation_unit_candidates, settings
 from .arguments import Histories, Spec, get
 from .histories import load_tile, part_at, position_of, share_of
 from .normal_form import NormalForm, normal_form
@@ -128,6 +128,13 @@ def forward(unit: Any, with_scores: bool) -> tuple[Tensor, Tensor, Tensor]:
     out = lse.new_zeros(batch, value_dim)
     scores = lse.new_zeros(unit.positions if with_scores else 0)
     if batch == 0 or unit.positions == 0:
+        return out, scores, lse
+    if unit.candidates is not None and settings.share_tiles(
+        net.precision, max(unit.keys.shape[1], value_dim), batch, unit.candidates.queries.numel() - 1
+    ):
+        launch = settings.CANDIDATES_FORWARD
+        spec = specialize(unit, data, net, launch, False)
+        activation_unit_candidates.forward(unit, data, net.network, out, lse, spec, launch)
         return out, scores, lse
     programs = settings.programs(launch, unit.most_rows, data.key.device)
     spec = specialize(unit, data, net, launch, with_scores)

@@ -57,9 +57,12 @@ def _merge_kernel(
     PLACED: tl.constexpr,
     LEAST_ROWS: tl.constexpr,
 ):
-    """One program per boundary between two programs. It works if the sequence that the boundary cuts began in
-    the program before, so that each cut sequence is joined once, its parts in order."""
+    """One program per boundary between two programs, and per lane. It works if the sequence that the boundary cuts
+    began in the program before, so that each cut sequence is joined once, its parts in order."""
     program = tl.program_id(0) + 1
+    lane = tl.program_id(1)
+    part += lane * 2 * programs * WIDTH
+    part_state += lane * 4 * programs
     total = tl.load(offsets + batch)
     share = rows_per_program(total, programs, LEAST_ROWS)
     row = program.to(tl.int64) * share
@@ -68,10 +71,16 @@ def _merge_kernel(
     sequence = find_sequence(offsets, batch, row)
     first_row = tl.load(offsets + sequence)
     last_row = tl.load(offsets + sequence + 1)
-    if (first_row == row) | (first_row < row - share):
+    first = sequence.to(tl.int64)
+    last = first + 1
+    if PLACED:
+        first = tl.load(places[0] + sequence) + lane
+        last = tl.load(places[1] + sequence)
+    if (first_row == row) | (first_row < row - share) | (first >= last):
         return
     column = tl.arange(0, BLOCK)
     inside = column < WIDTH
+    kept = inside & (column < (last - first) * ROW)
     slot = 2 * program - 1
     acc = tl.load(part + slot * WIDTH + column, mask=inside, other=0.0)  # [BLOCK]
     if SOFTMAX:
@@ -94,13 +103,8 @@ def _merge_kernel(
         row += share
     if SOFTMAX:
         acc /= mass
-        tl.store(lse + sequence, (peak + tl.log2(mass)) * LN_2)
-    if PLACED:
-        first = tl.load(places[0] + sequence)
-        inside = inside & (column < (tl.load(places[1] + sequence) - first) * ROW)
-    else:
-        first = sequence.to(tl.int64)
-    tl.store(out + first * ROW + column, acc.to(out.dtype.element_ty), mask=inside)
+        tl.store(lse + first, (peak + tl.log2(mass)) * LN_2)
+    tl.store(out + first * ROW + column, acc.to(out.dtype.element_ty), mask=kept)
 
 
 def merge(
@@ -112,17 +116,18 @@ def merge(
     programs: int,
     least_rows: int,
     places: tuple[Tensor, Tensor] | None = None,
+    lanes: int = 1,
 ) -> None:
     """Joins the parts `[2·programs, width]` of cut sequences into their rows of `out [B, width]`: sums, or with
     each part's `(maximum, sum)` of exponentials in base 2, the softmax's average and log-sum-exp.
 
     With `places`, `[B]` each, a sequence goes to the rows of `out` from its first to before its second place, as far as
-    a part is wide.
+    a part is wide; with `lanes`, `part [lanes, 2·programs, width]`, lane i begins i rows further on.
     """
     if programs == 1:
         return
     width = part.shape[1]
-    _merge_kernel[(programs - 1,)](
+    _merge_kernel[(programs - 1, lanes)](
         part,
         part if part_state is None else part_state,
         offsets,

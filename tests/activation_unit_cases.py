@@ -241,6 +241,8 @@ def variant(**changes: Any) -> Case:
 
 
 def run_classic_case(dtype: torch.dtype) -> None:
-    """Forward and backward at the widths of most published models."""
+    """Forward and backward at the widths of most published models, of one query per history and of several."""
     case = Case(lengths=[300] * 8, dim=64, hidden=(80, 40), dtype=dtype, slack=0, offsets_dtype=torch.int32)
-    call(functional.activation_unit, case, case.tensors())
+    for candidates in (None, [8] * 8):
+        case = replace(case, candidates=candidates)
+        call(functional.activation_unit, case, case.tensors())

@@ -9,6 +9,7 @@ import pytest
 import torch
 from activation_unit_cases import Case, assert_within_budget, call, variant
 from recattn.kernels import settings
+from recorded_launches import recorded_launches
 from torch import Tensor
 
 import recattn
@@ -33,6 +34,7 @@ def short_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     for table in (settings.FORWARD, settings.BACKWARD_TOKENS, settings.BACKWARD_WEIGHTS):
         for key, launch in table.items():
             monkeypatch.setitem(table, key, launch._replace(least_rows=72))
+    monkeypatch.setattr(settings, "CANDIDATES_FORWARD", settings.CANDIDATES_FORWARD._replace(least_rows=40))
 
 
 @pytest.fixture(params=["fp32", "tf32", "bf16"])
@@ -65,6 +67,23 @@ def test_candidates_share_their_history_in_the_composite_path(
     candidates: tuple[int, ...], dtype: torch.dtype
 ) -> None:
     check(variant(lengths=LENGTHS, candidates=candidates, dtype=dtype), "torch")
+
+
+@pytest.mark.parametrize("normalize", ["softmax", "exp", "sigmoid", "none"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_many_candidates_share_tiles(normalize: str, dtype: torch.dtype) -> None:
+    case = variant(
+        lengths=(100, 0, 33, 7),
+        candidates=(8, 5, 7, 1),
+        dtype=dtype,
+        normalize=normalize,
+        value_dim=7,
+        activation="relu",
+    )
+    with recorded_launches() as launches:
+        run(case, "triton")
+    assert "candidates_kernel" in {kernel.fn.__name__ for kernel, _, _ in launches}
+    check(case, "triton")
 
 
 @pytest.mark.parametrize("backend", ["triton", "torch"])
@@ -179,7 +198,7 @@ def test_tiles_cover_every_history_that_is_read() -> None:
     tiles = candidates.tiles(32, int(lengths.sum()))
     read = tiles.offsets.diff() > 0
     assert tiles.begin[read].tolist() == [5, 37, 45, 46, 78]
-    assert tiles.end[read].tolist() == [45, 45, 46, 79, 79]
+    assert tiles.end[read].tolist() == [37, 45, 46, 78, 79]
     assert tiles.query[read].tolist() == [3, 3, 5, 6, 6]
     assert tiles.offsets.diff()[read].tolist() == [2, 2, 1, 5, 5]
 

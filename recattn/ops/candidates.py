@@ -26,23 +26,42 @@ class Candidates(NamedTuple):
         return cls(queries, histories, histories[history]), sequences
 
     def tiles(self, size: int, positions: int) -> Tiles:
-        """All histories that a query reads, cut into tiles of at most `size` positions. There are at most as many
-        as `positions`, the number of positions, allows; those that there are not are empty."""
-        lengths, queries = self.histories.diff(), self.queries.diff()
-        count = torch.where(queries > 0, (lengths + size - 1) // size, 0)
-        last = count.cumsum(0)
-        tile = torch.arange(positions // size + lengths.numel(), device=lengths.device)
-        history = torch.searchsorted(last, tile, right=True)  # B where there is none
-        queries, first = F.pad(queries, (0, 1)), F.pad(last - count, (0, 1))
-        begin = self.histories[history] + (tile - first[history]) * size
-        end = F.pad(self.histories[1:], (0, 1))[history]
-        return Tiles(
-            offsets=F.pad(queries[history].cumsum(0), (1, 0)),
-            batch=tile.numel(),
-            begin=begin,
-            end=end,
-            query=self.queries[history],
-        )
+        """All histories cut into tiles of at most `size` positions; `positions` is the number of positions."""
+        history, begin, end = _pieces(self.histories, size, positions)
+        readers = F.pad(self.queries.diff(), (0, 1))[history]
+        offsets = F.pad(readers.cumsum(0), (1, 0))
+        return Tiles(offsets, history.numel(), begin, end, self.queries[history])
+
+    def groups(self, size: int, count: int) -> Groups:
+        """All queries in groups of at most `size` of one history; `count` is the number of queries."""
+        history, query, last_query = _pieces(self.queries, size, count)
+        lengths = F.pad(self.histories.diff(), (0, 1))[history]
+        offsets = F.pad(lengths.cumsum(0), (1, 0))
+        return Groups(offsets, history.numel(), self.histories[history], query, last_query)
+
+
+def _pieces(offsets: Tensor, size: int, total: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Segments cut into pieces of at most `size`: of each the segment, the begin and the end. There are as many as
+    `total` elements in all allow; what there is not is empty, of the segment behind the last."""
+    lengths = offsets.diff()
+    count = (lengths + size - 1) // size
+    last = count.cumsum(0)
+    piece = torch.arange(total // size + lengths.numel(), device=offsets.device)
+    segment = torch.searchsorted(last, piece, right=True)
+    first = F.pad(last - count, (0, 1))[segment]
+    begin = offsets[segment] + (piece - first) * size
+    end = F.pad(offsets[1:], (0, 1))[segment].minimum(begin + size)
+    return segment, begin, torch.maximum(begin, end)
+
+
+class Groups(NamedTuple):
+    """Groups of queries that share a history."""
+
+    offsets: Tensor  # [groups + 1], the positions that all groups read counted along
+    batch: int  # how many groups
+    begin: Tensor  # [groups], the first position
+    query: Tensor  # [groups], the first query
+    last_query: Tensor  # [groups], the one behind the last
 
 
 class Tiles(NamedTuple):
@@ -51,5 +70,5 @@ class Tiles(NamedTuple):
     offsets: Tensor  # [tiles + 1], the queries of all tiles counted along
     batch: int  # how many tiles
     begin: Tensor  # [tiles], the first position
-    end: Tensor  # [tiles], the end of the history, or 0 where there is no tile
+    end: Tensor  # [tiles], the position behind the last
     query: Tensor  # [tiles], the first query

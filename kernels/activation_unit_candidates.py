@@ -1,0 +1,199 @@
+"""activation_unit forward for candidates: several of one history share each tile of its keys.
+
+The schedule's sequences are groups of up to COUNT candidates here, its rows positions of their history. A row of the
+tile that pools belongs to a candidate.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import settings
+from .arguments import Histories, Network, Spec, get, width
+from .histories import load_tile, part_at, share_of
+from .mlp import load_units
+from .pooling import weigh
+from .primitives import LN_2, columns, dot, exp2, load_vector, slab_count, vector_max, vector_sum, zero_rows
+from .schedule import find_sequence, merge, slot_of
+from .streamed import first_layer, load_layers, score_tokens
+
+ROWS = tl.constexpr(16)  # of the tile that pools
+
+
+@triton.jit
+def in_rows(vectors):
+    """Vectors `[n]` as the first rows of `[ROWS, n]`, zeros behind them."""
+    row = tl.arange(0, ROWS)[:, None]
+    tile = tl.zeros([ROWS, vectors[0].shape[0]], tl.float32)
+    for c in tl.static_range(len(vectors)):
+        tile = tl.where(row == c, vectors[c][None, :], tile)
+    return tile  # [ROWS, n]
+
+
+@triton.jit
+def in_column(numbers):
+    """Numbers as the first of a column `[ROWS, 1]`, ones behind them."""
+    row = tl.arange(0, ROWS)[:, None]
+    column = tl.full([ROWS, 1], 1.0, tl.float32)
+    for c in tl.static_range(len(numbers)):
+        column = tl.where(row == c, numbers[c], column)
+    return column
+
+
+@triton.jit
+def scale_rows(slabs, numbers):
+    column = in_column(numbers)
+    out = ()
+    for i in tl.static_range(len(slabs)):
+        out = out + (slabs[i] * column,)
+    return out
+
+
+@triton.jit
+def raise_peaks(tops, peaks, masses, acc, APPROX: tl.constexpr):
+    """The softmax's state with the maxima raised to those of a tile."""
+    factors = ()
+    raised = ()
+    scaled = ()
+    for c in tl.static_range(len(tops)):
+        higher = tl.maximum(tops[c], peaks[c])
+        factor = exp2(peaks[c] - higher, APPROX)
+        factors = factors + (factor,)
+        raised = raised + (higher,)
+        scaled = scaled + (masses[c] * factor,)
+    return raised, scaled, scale_rows(acc, factors)
+
+
+@triton.jit
+def add_weights(masses, weights):
+    out = ()
+    for c in tl.static_range(len(masses)):
+        out = out + (masses[c] + weights[c],)
+    return out
+
+
+@triton.jit
+def store_candidates(pointer, stride, slabs, count, SPEC: tl.constexpr):
+    """The first `count` rows of slabs, `stride` elements apart."""
+    DV: tl.constexpr = get(SPEC, "value_dim")
+    row = tl.arange(0, ROWS)[:, None]
+    for i in tl.static_range(slab_count(DV, get(SPEC, "dim_slab"))):
+        column = columns(i, DV, get(SPEC, "dim_slab"))[None, :]
+        tl.store(pointer + row * stride + column, slabs[i], mask=(row < count) & (column < DV))
+
+
+@triton.jit
+def candidates_kernel(data, groups, net, out, lse, part, part_state, COUNT: tl.constexpr, SPEC: tl.constexpr):
+    D: tl.constexpr = get(SPEC, "dim")
+    DV: tl.constexpr = get(SPEC, "value_dim")
+    SLAB: tl.constexpr = get(SPEC, "dim_slab")
+    BLOCK: tl.constexpr = get(SPEC, "block")
+    SOFTMAX: tl.constexpr = get(SPEC, "softmax")
+    APPROX: tl.constexpr = get(SPEC, "approx")
+    H1: tl.constexpr = width(0, SPEC)
+    program = tl.program_id(0)
+    begin, end = share_of(program, groups, SPEC)
+    if begin >= end:
+        return
+    group = find_sequence(groups.offsets, groups.batch, begin)
+    layers, slopes, last = load_layers(net, SPEC)
+    token = tl.arange(0, BLOCK)
+    while begin < end:
+        group, first_row, last_row, stop = part_at(groups, group, begin, end)
+        slot = slot_of(program, begin, stop, first_row, last_row)
+        query = tl.load(groups.query + group)
+        count = tl.load(groups.last_query + group) - query
+        owners = ()
+        firsts = ()
+        peaks = ()
+        masses = ()
+        for c in tl.static_range(COUNT):
+            owner = query + tl.minimum(c, count - 1)
+            q = load_vector(data.query + owner * data.query_stride, D, SLAB)
+            owners = owners + (owner,)
+            firsts = firsts + (first_layer(net, q, owner, SPEC)[0],)
+            peaks = peaks + (tl.full([], float("-inf"), tl.float32),)
+            masses = masses + (tl.zeros([BLOCK], tl.float32),)
+        acc = zero_rows(ROWS, DV, SLAB)
+        position = tl.load(groups.begin + group) + (begin - first_row)
+        for start in tl.range(begin, stop, BLOCK, num_stages=get(SPEC, "stages")):
+            rest = (stop - start).to(tl.int32)
+            valid = token < rest
+            k, v = load_tile(data, position, valid, SPEC)
+            scores = ()
+            tops = ()
+            grown = False
+            for c in tl.static_range(COUNT):
+                # Read in every tile: kept, the biases of all candidates would fill the registers.
+                bias = load_units(net.first_bias + owners[c] * H1 + (rest >> 31) * 16, 0, SPEC)
+                s = score_tokens(k, (firsts[c], bias), layers, slopes, last, SPEC)  # [BLOCK]
+                if SOFTMAX:
+                    s = tl.where(valid, s, float("-inf"))
+                    top = vector_max(s)
+                    tops = tops + (top,)
+                    grown = grown | (top > peaks[c] + 8)
+                scores = scores + (s,)
+            weights = ()
+            if SOFTMAX:
+                if grown:
+                    peaks, masses, acc = raise_peaks(tops, peaks, masses, acc, APPROX)
+                for c in tl.static_range(COUNT):
+                    weights = weights + (exp2(scores[c] - peaks[c], APPROX),)
+                masses = add_weights(masses, weights)
+            else:
+                for c in tl.static_range(COUNT):
+                    p = weigh(scores[c], get(SPEC, "normalize"), APPROX)
+                    weights = weights + (tl.where(valid, p, 0.0),)
+            rows = in_rows(weights)
+            pooled = ()
+            for i in tl.static_range(len(v)):
+                pooled = pooled + (dot(rows.to(v[i].dtype), v[i], acc[i], get(SPEC, "precision")),)
+            acc = pooled
+            position += BLOCK
+        norms = ()
+        for c in tl.static_range(COUNT):
+            norms = norms + (vector_sum(masses[c]),)
+        if slot < 0:
+            if SOFTMAX:
+                inverse = ()
+                for c in tl.static_range(COUNT):
+                    inverse = inverse + (1 / norms[c],)
+                acc = scale_rows(acc, inverse)
+                for c in tl.static_range(COUNT):
+                    tl.store(lse + query + c, (peaks[c] + tl.log2(norms[c])) * LN_2, mask=c < count)
+            store_candidates(out + query * DV, DV, acc, count, SPEC)
+        else:
+            lane = 2 * tl.num_programs(0)  # parts of candidate c lie behind those of candidate c - 1
+            store_candidates(part + slot * DV, lane * DV, acc, count, SPEC)
+            for c in tl.static_range(COUNT):
+                tl.store(part_state + 2 * (c * lane + slot), peaks[c])
+                tl.store(part_state + 2 * (c * lane + slot) + 1, norms[c])
+        begin = stop
+        group += 1
+
+
+def forward(
+    unit: Any,
+    data: Histories,
+    network: Network,
+    out: Tensor,
+    lse: Tensor,
+    spec: Spec,
+    launch: settings.Launch,
+) -> None:
+    """Into `out [N, Dv]` and `lse [N]`, zero and minus infinity before."""
+    count = settings.CANDIDATES
+    groups = unit.candidates.groups(count, unit.query.shape[0])
+    programs = settings.programs(launch, -(-unit.most_rows // count), data.key.device)
+    part = lse.new_empty(count * 2 * programs, out.shape[1])
+    part_state = lse.new_empty(count * 2 * programs, 2)
+    candidates_kernel[(programs,)](
+        data, groups, network, out, lse, part, part_state, COUNT=count, SPEC=spec, num_warps=launch.num_warps
+    )
+    places = (groups.query, groups.last_query)
+    state = part_state if spec.softmax else None
+    merge(part, state, groups.offsets, out, lse, programs, launch.least_rows, places, count)
