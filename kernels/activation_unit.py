@@ -50,7 +50,6 @@ def _forward_kernel(data, net, out, lse, scores, part, part_state, SPEC: tl.cons
     while begin < end:
         sequence, first_row, last_row, stop = part_at(data, sequence, begin, end)
         owner = sequence.to(tl.int64)
-        slot = slot_of(program, begin, stop, first_row, last_row)
         q = load_vector(data.query + owner * data.query_stride, D, SLAB)
         first = first_layer(net, q, owner, SPEC)
         peak = tl.full([], float("-inf"), tl.float32)
@@ -81,6 +80,7 @@ def _forward_kernel(data, net, out, lse, scores, part, part_state, SPEC: tl.cons
                 p = tl.where(valid, p, 0.0)
             acc = pool(p, v, acc, EXACT, PRECISION)
             position += BLOCK
+        slot = slot_of(program, begin, stop, first_row, last_row)
         norm = vector_sum(mass)
         row = pooled(acc, EXACT)
         if slot < 0:

@@ -65,7 +65,7 @@ def tokens_kernel(
     while begin < end:
         sequence, first_row, last_row, stop = part_at(data, sequence, begin, end)
         owner = sequence.to(tl.int64)
-        q, first, grads = load_sequence(data, net, upstream, owner, SPEC)
+        q, first, grads = load_sequence(data, net, upstream, owner, get(SPEC, "shared"), SPEC)
         moment = zero_matrix(D, SLAB, H1, H1_SLAB)  # Σ_t k_t dL/dz1_tᵀ, the gradient of W_effᵀ
         grad_c = zero_matrix(H1, H1_SLAB, 8, 8, 16, 8)
         position = position_of(data, owner, first_row, begin, SPEC)

@@ -65,7 +65,7 @@ def keys_kernel(data, net, upstream, tiles, grad_key, grad_value, key_part, valu
         owner = tl.load(tiles.query + tile) + (begin - first_query)
         dk, dv = zero_gradients(SPEC)
         for _query in tl.range(begin, stop, num_stages=1):
-            _q, first, grads = load_sequence(data, net, upstream, owner, SPEC)
+            _q, first, grads = load_sequence(data, net, upstream, owner, False, SPEC)
             again = with_fresh_vectors(net, owner, first, layers, last, rest, SPEC)
             zs, hs, outputs = run_layers(k, again[0], again[1], slopes, DTYPE, SPEC)
             s = score(hs[len(hs) - 1], again[2])  # [BLOCK]

@@ -111,7 +111,7 @@ def weights_kernel(
     while begin < end:
         sequence, first_row, _last_row, stop = part_at(data, sequence, begin, end)
         owner = sequence.to(tl.int64)
-        _q, first, grads = load_sequence(data, net, upstream, owner, SPEC)
+        _q, first, grads = load_sequence(data, net, upstream, owner, True, SPEC)
         position = position_of(data, owner, first_row, begin, SPEC)
         for start in tl.range(begin, stop, BLOCK, num_stages=get(SPEC, "stages")):
             rest = (stop - start).to(tl.int32)

@@ -13,11 +13,11 @@ from .sums import load_padded
 
 
 @triton.jit
-def load_sequence(data, net, upstream, sequence, SPEC: tl.constexpr):
+def load_sequence(data, net, upstream, sequence, PURE: tl.constexpr, SPEC: tl.constexpr):
     """What all tiles of a sequence share: its query, its first layer, and dL/dout twice as an operand, Σ a dL/da,
-    log2-sum-exp2."""
+    log2-sum-exp2. PURE is how W_eff is made, see `multiply_add`: what is best differs between kernels."""
     q = load_vector(data.query + sequence * data.query_stride, get(SPEC, "dim"), get(SPEC, "dim_slab"))
-    first = first_layer(net, q, sequence, SPEC)
+    first = first_layer(net, q, sequence, PURE, SPEC)
     DV: tl.constexpr = get(SPEC, "value_dim")
     grad_out = upstream.grad_out + sequence * DV
     across = load_padded(grad_out, DV, get(SPEC, "dim_slab"), 8, False)  # [DV, 8]

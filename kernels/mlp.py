@@ -47,7 +47,7 @@ def load_network(net, SPEC: tl.constexpr):
 
 
 @triton.jit
-def first_layer(net, q, sequence, SPEC: tl.constexpr):
+def first_layer(net, q, sequence, PURE: tl.constexpr, SPEC: tl.constexpr):
     """The first layer as the query of a sequence makes it: (W_eff = key + product·diag(q), c)."""
     H1: tl.constexpr = width(0, SPEC)
     D: tl.constexpr = get(SPEC, "dim")
@@ -56,7 +56,7 @@ def first_layer(net, q, sequence, SPEC: tl.constexpr):
     weight = ()
     for i in tl.static_range(len(key)):
         diagonal = q[i % len(q)][None, :]
-        weight = weight + (multiply_add(product[i], diagonal, key[i], get(SPEC, "approx")),)
+        weight = weight + (multiply_add(product[i], diagonal, key[i], get(SPEC, "approx"), PURE),)
     return weight, load_units(net.first_bias + sequence * H1, 0, SPEC)
 
 
