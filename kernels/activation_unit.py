@@ -30,8 +30,8 @@ from .schedule import find_sequence, merge, slot_of
 from .streamed import first_layer, load_layers, score_tokens
 
 
-@triton.jit
-def _forward_kernel(data, net, out, lse, scores, part, part_state, SPEC: tl.constexpr):
+@triton.jit(do_not_specialize=["batch"])
+def _forward_kernel(data, batch, net, out, lse, scores, part, part_state, SPEC: tl.constexpr):
     D: tl.constexpr = get(SPEC, "dim")
     DV: tl.constexpr = get(SPEC, "value_dim")
     SLAB: tl.constexpr = get(SPEC, "dim_slab")
@@ -41,16 +41,16 @@ def _forward_kernel(data, net, out, lse, scores, part, part_state, SPEC: tl.cons
     PRECISION: tl.constexpr = get(SPEC, "precision")
     EXACT: tl.constexpr = get(SPEC, "split") or PRECISION == "ieee"
     program = tl.program_id(0)
-    begin, end = share_of(program, data, SPEC)
+    begin, end = share_of(program, data, batch, SPEC)
     if begin >= end:
         return
-    sequence = find_sequence(data.offsets, data.batch, begin)
+    sequence = find_sequence(data.offsets, batch, begin)
     layers, slopes, last = load_layers(net, SPEC)
     token = tl.arange(0, BLOCK)
     while begin < end:
-        sequence, first_row, last_row, stop = part_at(data, sequence, begin, end)
+        sequence, first_row, last_row, stop = part_at(data, batch, sequence, begin, end)
         owner = sequence.to(tl.int64)
-        q = load_vector(data.query + owner * data.query_stride, D, SLAB)
+        q = load_vector(data.query + owner * get(SPEC, "query_stride"), D, SLAB)
         first = first_layer(net, q, owner, SPEC)
         peak = tl.full([], float("-inf"), tl.float32)
         mass = tl.zeros([BLOCK], tl.float32)
@@ -123,7 +123,7 @@ def forward(unit: Any, with_scores: bool) -> tuple[Tensor, Tensor, Tensor]:
     )
     net = normal_form(unit, bounded_half=True, split=split)
     data = histories(unit)
-    batch, value_dim = data.batch, data.value.shape[1]
+    batch, value_dim = unit.query.shape[0], data.value.shape[1]
     lse = data.key.new_full((batch,), -torch.inf, dtype=torch.float32)
     out = lse.new_zeros(batch, value_dim)
     scores = lse.new_zeros(unit.positions if with_scores else 0)
@@ -142,7 +142,7 @@ def forward(unit: Any, with_scores: bool) -> tuple[Tensor, Tensor, Tensor]:
         spec = replace(spec, precision="tf32", split=True)
     part, part_state = lse.new_empty(2 * programs, value_dim), lse.new_empty(2 * programs, 2)
     _forward_kernel[(programs,)](
-        data, net.network, out, lse, scores, part, part_state, SPEC=spec, num_warps=launch.num_warps
+        data, batch, net.network, out, lse, scores, part, part_state, SPEC=spec, num_warps=launch.num_warps
     )
     merge(part, part_state if spec.softmax else None, data.offsets, out, lse, programs, launch.least_rows)
     if with_scores and spec.softmax:
@@ -159,7 +159,7 @@ def histories(unit: Any) -> Histories:
     offsets = unit.offsets
     starts = offsets if unit.candidates is None else unit.candidates.starts
     rows = offsets if unit.rows is None else unit.rows
-    return Histories(query, keys, values, offsets, starts, rows, offsets.numel() - 1, query.stride(0))
+    return Histories(query, keys, values, offsets, starts, rows)
 
 
 def specialize(
@@ -172,6 +172,7 @@ def specialize(
         activation=net.form.kernel,
         normalize=unit.normalize,
         separate_values=unit.values is not unit.keys,
+        query_stride=data.query.stride(0),
         key_stride=data.key.stride(0),
         value_stride=data.value.stride(0),
         shared=unit.candidates is not None,

@@ -29,9 +29,10 @@ from .schedule import find_sequence, merge, slot_of
 from .sums import add_matrix, column_sum, in_dtype, outer_sum, store_column, zero_matrix
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch"])
 def tokens_kernel(
     data,
+    batch,
     net,
     upstream,
     grad_key,
@@ -53,17 +54,17 @@ def tokens_kernel(
     H1: tl.constexpr = width(0, SPEC)
     H1_SLAB: tl.constexpr = widest(0, SPEC)
     program = tl.program_id(0)
-    begin, end = share_of(program, data, SPEC)
+    begin, end = share_of(program, data, batch, SPEC)
     if begin >= end:
         return
-    sequence = find_sequence(data.offsets, data.batch, begin)
+    sequence = find_sequence(data.offsets, batch, begin)
     layers, slopes, last = load_network(net, SPEC)
     back = load_back(upstream.back, 0, SPEC)
     token = tl.arange(0, BLOCK)
     own = program.to(tl.int64) * (H1 * D)
     fresh = 1
     while begin < end:
-        sequence, first_row, last_row, stop = part_at(data, sequence, begin, end)
+        sequence, first_row, last_row, stop = part_at(data, batch, sequence, begin, end)
         owner = sequence.to(tl.int64)
         q, first, grads = load_sequence(data, net, upstream, owner, get(SPEC, "shared"), SPEC)
         moment = zero_matrix(D, SLAB, H1, H1_SLAB)  # Σ_t k_t dL/dz1_tᵀ, the gradient of W_effᵀ
@@ -144,9 +145,10 @@ def _shared_keys(
     parts = [upstream.lse.new_empty(2 * programs, launch.block * grad.shape[1]) for grad in grads]
     keys_kernel[(programs,)](
         data,
+        tiles,
+        tiles.begin.numel(),
         network,
         upstream,
-        tiles,
         grads[0],
         grads[-1],
         parts[0],
@@ -163,14 +165,14 @@ def backward(
 ) -> tuple[Any, ...]:
     """As `recattn.composite.activation_unit.backward`."""
     net = normal_form(unit)
-    data = histories(unit)
+    data, batch = histories(unit), unit.query.shape[0]
     dim, value_dim = data.key.shape[1], data.value.shape[1]
     zeros = net.network.first_bias.new_zeros  # float32
     count = data.key.shape[0] if unit.unique_rows else unit.positions
     grad_key = data.key.new_zeros(count, dim)
     separate = unit.values is not unit.keys
     grad_value = data.value.new_zeros(count, value_dim) if separate else None
-    grad_first = zeros(data.batch, dim + net.hidden[0])
+    grad_first = zeros(batch, dim + net.hidden[0])
     upstream = Upstream(
         grad_out.contiguous(),
         lse if grad_scores is None else grad_scores.contiguous(),
@@ -195,13 +197,14 @@ def backward(
     grad_slopes = tuple(zeros(weight_programs, *s.shape) for s in net.network.slopes)
     grad_last_weight = zeros(weight_programs, net.hidden[-1])
     grad_last_bias = zeros(weight_programs, 1)
-    if data.batch and unit.positions:
+    if batch and unit.positions:
         spec = _spec(unit, data, net, tokens, with_scores, settings.SPLIT_TOKENS if split else None)
         part = torch.empty_like(grad_first, memory_format=torch.contiguous_format).new_empty(
             2 * token_programs, grad_first.shape[1]
         )
         tokens_kernel[(token_programs,)](
             data,
+            batch,
             net.network,
             upstream,
             grad_key,
@@ -218,6 +221,7 @@ def backward(
             _shared_keys(unit, data, net.network, upstream, grad_key, grad_value, spec, tokens)
         weights_kernel[(weight_programs,)](
             data,
+            batch,
             net.network,
             upstream,
             grad_weights,

@@ -86,8 +86,10 @@ def store_candidates(pointer, stride, slabs, count, SPEC: tl.constexpr):
         tl.store(pointer + row * stride + column, slabs[i], mask=(row < count) & (column < DV))
 
 
-@triton.jit
-def candidates_kernel(data, groups, net, out, lse, part, part_state, COUNT: tl.constexpr, SPEC: tl.constexpr):
+@triton.jit(do_not_specialize=["batch"])
+def candidates_kernel(
+    data, groups, batch, net, out, lse, part, part_state, COUNT: tl.constexpr, SPEC: tl.constexpr
+):
     D: tl.constexpr = get(SPEC, "dim")
     DV: tl.constexpr = get(SPEC, "value_dim")
     SLAB: tl.constexpr = get(SPEC, "dim_slab")
@@ -96,14 +98,14 @@ def candidates_kernel(data, groups, net, out, lse, part, part_state, COUNT: tl.c
     APPROX: tl.constexpr = get(SPEC, "approx")
     H1: tl.constexpr = width(0, SPEC)
     program = tl.program_id(0)
-    begin, end = share_of(program, groups, SPEC)
+    begin, end = share_of(program, groups, batch, SPEC)
     if begin >= end:
         return
-    group = find_sequence(groups.offsets, groups.batch, begin)
+    group = find_sequence(groups.offsets, batch, begin)
     layers, slopes, last = load_layers(net, SPEC)
     token = tl.arange(0, BLOCK)
     while begin < end:
-        group, first_row, last_row, stop = part_at(groups, group, begin, end)
+        group, first_row, last_row, stop = part_at(groups, batch, group, begin, end)
         slot = slot_of(program, begin, stop, first_row, last_row)
         query = tl.load(groups.query + group)
         count = tl.load(groups.last_query + group) - query
@@ -113,7 +115,7 @@ def candidates_kernel(data, groups, net, out, lse, part, part_state, COUNT: tl.c
         masses = ()
         for c in tl.static_range(COUNT):
             owner = query + tl.minimum(c, count - 1)
-            q = load_vector(data.query + owner * data.query_stride, D, SLAB)
+            q = load_vector(data.query + owner * get(SPEC, "query_stride"), D, SLAB)
             owners = owners + (owner,)
             firsts = firsts + (first_layer(net, q, owner, SPEC)[0],)
             peaks = peaks + (tl.full([], float("-inf"), tl.float32),)
@@ -192,7 +194,17 @@ def forward(
     part = lse.new_empty(count * 2 * programs, out.shape[1])
     part_state = lse.new_empty(count * 2 * programs, 2)
     candidates_kernel[(programs,)](
-        data, groups, network, out, lse, part, part_state, COUNT=count, SPEC=spec, num_warps=launch.num_warps
+        data,
+        groups,
+        groups.begin.numel(),
+        network,
+        out,
+        lse,
+        part,
+        part_state,
+        COUNT=count,
+        SPEC=spec,
+        num_warps=launch.num_warps,
     )
     places = (groups.query, groups.last_query)
     state = part_state if spec.softmax else None

@@ -40,8 +40,10 @@ def keys_backward(a, dz, first, grads, dk, dv, SPEC: tl.constexpr):
         return times_weight(dz, first[0], spread(a, grads, dk, SPEC), SPEC), dv
 
 
-@triton.jit
-def keys_kernel(data, net, upstream, tiles, grad_key, grad_value, key_part, value_part, SPEC: tl.constexpr):
+@triton.jit(do_not_specialize=["batch"])
+def keys_kernel(
+    data, tiles, batch, net, upstream, grad_key, grad_value, key_part, value_part, SPEC: tl.constexpr
+):
     """dL/dk and dL/dv per position."""
     D: tl.constexpr = get(SPEC, "dim")
     DV: tl.constexpr = get(SPEC, "value_dim")
@@ -49,15 +51,15 @@ def keys_kernel(data, net, upstream, tiles, grad_key, grad_value, key_part, valu
     DTYPE: tl.constexpr = net.key.dtype.element_ty
     SLAB: tl.constexpr = get(SPEC, "dim_slab")
     program = tl.program_id(0)
-    begin, end = share_of(program, tiles, SPEC)
+    begin, end = share_of(program, tiles, batch, SPEC)
     if begin >= end:
         return
-    tile = find_sequence(tiles.offsets, tiles.batch, begin)
+    tile = find_sequence(tiles.offsets, batch, begin)
     layers, slopes, last = load_network(net, SPEC)
     back = load_back(upstream.back, 0, SPEC)
     token = tl.arange(0, BLOCK)
     while begin < end:
-        tile, first_query, last_query, stop = part_at(tiles, tile, begin, end)
+        tile, first_query, last_query, stop = part_at(tiles, batch, tile, begin, end)
         position = tl.load(tiles.begin + tile)
         rest = (tl.load(tiles.end + tile) - position).to(tl.int32)
         valid = token < rest

@@ -79,9 +79,10 @@ def times_rows(rows, slabs):
     return out
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch"])
 def weights_kernel(
     data,
+    batch,
     net,
     upstream,
     grad_weights,
@@ -96,10 +97,10 @@ def weights_kernel(
     DTYPE: tl.constexpr = net.key.dtype.element_ty
     n: tl.constexpr = depth(SPEC)
     program = tl.program_id(0)
-    begin, end = share_of(program, data, SPEC)
+    begin, end = share_of(program, data, batch, SPEC)
     if begin >= end:
         return
-    sequence = find_sequence(data.offsets, data.batch, begin)
+    sequence = find_sequence(data.offsets, batch, begin)
     layers, slopes, last = load_network(net, SPEC)
     back = load_back(upstream.back, 0 if get(SPEC, "activation") == "leaky_relu" else 1, SPEC)
     token = tl.arange(0, BLOCK)
@@ -109,7 +110,7 @@ def weights_kernel(
     )
     last_bias_sum = tl.zeros([BLOCK], tl.float32)
     while begin < end:
-        sequence, first_row, _last_row, stop = part_at(data, sequence, begin, end)
+        sequence, first_row, _last_row, stop = part_at(data, batch, sequence, begin, end)
         owner = sequence.to(tl.int64)
         _q, first, grads = load_sequence(data, net, upstream, owner, True, SPEC)
         position = position_of(data, owner, first_row, begin, SPEC)

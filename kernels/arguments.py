@@ -10,7 +10,10 @@ from torch import Tensor
 
 
 class Histories(NamedTuple):
-    """The data. Rows of the keys and values lie `Spec.key_stride` and `Spec.value_stride` apart."""
+    """The data, whose rows lie as far apart as the Spec says.
+
+    How many sequences there are is an argument of its own, as a number in a tuple would be specialised on.
+    """
 
     query: Tensor  # [B, D]
     key: Tensor  # [R, D]
@@ -18,8 +21,6 @@ class Histories(NamedTuple):
     offsets: Tensor  # [B + 1], of the sequences, one per query
     starts: Tensor  # [B], of each sequence its first position, where sequences share histories
     rows: Tensor  # [T], of each position its row of the keys and values, where they are read by index
-    batch: int
-    query_stride: int
 
 
 class Network(NamedTuple):
@@ -56,6 +57,7 @@ class Spec:
     activation: str  # as `primitives.activate` knows it
     normalize: str
     separate_values: bool
+    query_stride: int
     key_stride: int
     value_stride: int
     shared: bool  # whether sequences share histories

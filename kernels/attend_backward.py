@@ -16,7 +16,9 @@ from .sums import load_padded
 def load_sequence(data, net, upstream, sequence, PURE: tl.constexpr, SPEC: tl.constexpr):
     """What all tiles of a sequence share: its query, its first layer, and dL/dout twice as an operand, Σ a dL/da,
     log2-sum-exp2. PURE is how W_eff is made, see `multiply_add`: what is best differs between kernels."""
-    q = load_vector(data.query + sequence * data.query_stride, get(SPEC, "dim"), get(SPEC, "dim_slab"))
+    q = load_vector(
+        data.query + sequence * get(SPEC, "query_stride"), get(SPEC, "dim"), get(SPEC, "dim_slab")
+    )
     first = first_layer(net, q, sequence, PURE, SPEC)
     DV: tl.constexpr = get(SPEC, "value_dim")
     grad_out = upstream.grad_out + sequence * DV

@@ -16,20 +16,20 @@ from .schedule import find_sequence, rows_per_program
 
 
 @triton.jit
-def share_of(program, data, SPEC: tl.constexpr):
+def share_of(program, data, batch, SPEC: tl.constexpr):
     """The rows of a program: `(begin, end)`."""
-    total = tl.load(data.offsets + data.batch)
+    total = tl.load(data.offsets + batch)
     share = rows_per_program(total, tl.num_programs(0), get(SPEC, "least_rows"))
     begin = tl.minimum(program.to(tl.int64) * share, total).to(total.dtype)
     return begin, tl.minimum(begin + share, total)
 
 
 @triton.jit
-def part_at(data, sequence, begin, end):
+def part_at(data, batch, sequence, begin, end):
     """The sequence that row `begin` is of, `sequence` or one behind it, its rows, and where the part of it before
     `end` stops: `(sequence, first_row, last_row, stop)`."""
     if tl.load(data.offsets + sequence + 1) <= begin:  # empty
-        sequence = find_sequence(data.offsets, data.batch, begin)
+        sequence = find_sequence(data.offsets, batch, begin)
     first_row = tl.load(data.offsets + sequence)
     last_row = tl.load(data.offsets + sequence + 1)
     return sequence, first_row, last_row, tl.minimum(last_row, end)

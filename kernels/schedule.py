@@ -40,7 +40,7 @@ def slot_of(program, begin, stop, first_row, last_row):
     return tl.where(whole, -1, 2 * program + (begin == first_row).to(tl.int32))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch", "programs"])
 def _merge_kernel(
     part,
     part_state,

@@ -114,7 +114,14 @@ def test_neither_lengths_nor_batch_sizes_compile_kernels_anew() -> None:
         case = variant(lengths=lengths, return_scores=bool(batch % 2))
         with recorded_launches() as launches, recattn.backend("triton"):
             call(functional.activation_unit, case, case.tensors())
-        for kernel, _, constants in launches:
+        for kernel, arguments, constants in launches:
+            numbers = [
+                name for name, x in zip(kernel.arg_names, arguments, strict=False) if isinstance(x, int)
+            ]
+            assert set(numbers) <= set(kernel.kwargs["do_not_specialize"] or ())
+            assert not any(
+                isinstance(x, int) for group in arguments if isinstance(group, tuple) for x in group
+            )
             specs.setdefault(kernel.fn.__name__, set()).add(tuple(sorted(constants.items())))
     assert {name: len(kinds) for name, kinds in specs.items()} == {
         "_forward_kernel": 2,  # with scores and without

@@ -30,14 +30,14 @@ class Candidates(NamedTuple):
         history, begin, end = _pieces(self.histories, size, positions)
         readers = F.pad(self.queries.diff(), (0, 1))[history]
         offsets = F.pad(readers.cumsum(0), (1, 0))
-        return Tiles(offsets, history.numel(), begin, end, self.queries[history])
+        return Tiles(offsets, begin, end, self.queries[history])
 
     def groups(self, size: int, count: int) -> Groups:
         """All queries in groups of at most `size` of one history; `count` is the number of queries."""
         history, query, last_query = _pieces(self.queries, size, count)
         lengths = F.pad(self.histories.diff(), (0, 1))[history]
         offsets = F.pad(lengths.cumsum(0), (1, 0))
-        return Groups(offsets, history.numel(), self.histories[history], query, last_query)
+        return Groups(offsets, self.histories[history], query, last_query)
 
 
 def _pieces(offsets: Tensor, size: int, total: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -58,7 +58,6 @@ class Groups(NamedTuple):
     """Groups of queries that share a history."""
 
     offsets: Tensor  # [groups + 1], the positions that all groups read counted along
-    batch: int  # how many groups
     begin: Tensor  # [groups], the first position
     query: Tensor  # [groups], the first query
     last_query: Tensor  # [groups], the one behind the last
@@ -68,7 +67,6 @@ class Tiles(NamedTuple):
     """Tiles of positions, and the queries that read them."""
 
     offsets: Tensor  # [tiles + 1], the queries of all tiles counted along
-    batch: int  # how many tiles
     begin: Tensor  # [tiles], the first position
     end: Tensor  # [tiles], the position behind the last
     query: Tensor  # [tiles], the first query
