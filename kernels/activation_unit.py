@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import settings
+from .activation_unit_packed import packed_forward_kernel
 from .arguments import Histories, Spec, get
 from .normal_form import NormalForm, normal_form
 from .pooling import pool, pool_rows, pooled
@@ -139,12 +140,16 @@ def forward(unit: Any, with_scores: bool) -> tuple[Tensor, Tensor, Tensor]:
     scores = lse.new_zeros(total if with_scores else 0)
     if batch == 0 or total == 0:
         return out, scores, lse
+    kernel = _forward_kernel
+    packed = settings.packed_forward(net.precision, max(data.key.shape[1], value_dim), total, batch)
+    if packed is not None:
+        kernel, launch = packed_forward_kernel, packed
     programs = settings.programs(launch, total, data.key.device)
     spec = specialize(unit, data, net, launch, with_scores)
     if split:
         spec = replace(spec, precision="tf32", split=True)
     part, part_state = lse.new_empty(2 * programs, value_dim), lse.new_empty(2 * programs, 2)
-    _forward_kernel[(programs,)](
+    kernel[(programs,)](
         data, net.network, out, lse, scores, part, part_state, SPEC=spec, num_warps=launch.num_warps
     )
     merge(part, part_state if spec.softmax else None, data.offsets, out, lse, programs, launch.least_rows)
@@ -172,6 +177,7 @@ def specialize(
         activation=net.form.kernel,
         softmax=unit.normalize == "softmax",
         separate_values=unit.values is not unit.keys,
+        query_stride=data.query_stride,
         key_stride=data.key.stride(0),
         value_stride=data.value.stride(0),
         with_scores=with_scores,

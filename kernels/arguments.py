@@ -56,6 +56,7 @@ class Spec:
     activation: str  # as `primitives.activate` knows it
     softmax: bool
     separate_values: bool
+    query_stride: int
     key_stride: int
     value_stride: int
     with_scores: bool  # forward writes them, backward gets their gradient

@@ -37,6 +37,13 @@ FORWARD = {
 }
 NARROW = 64
 
+# Of kernels whose tiles have tokens of several sequences.
+PACKED_FORWARD = {
+    "half": Launch(32, 1, 1, 32, (32, 8), 32, 256, 8),
+    "tf32": Launch(16, 1, 1, 32, (32, 8), 32, 256, 8),
+}
+SHORT_FORWARD = 50  # rows per sequence below which they pay
+
 # "split" is "ieee" where products of float32 are made of several narrower ones.
 BACKWARD_TOKENS = {
     "half": Launch(32, 2, 1, 16, (16, 16), 64, 512, 4),
@@ -67,6 +74,13 @@ def forward(precision: str, width: int, hidden: Sequence[int], device: torch.dev
     if precision == "ieee" and torch.version.hip is None and _fits(split, width, hidden, device):
         return split, True
     return FORWARD[size, precision], False
+
+
+def packed_forward(precision: str, width: int, rows: int, batch: int) -> Launch | None:
+    """Settings of the packed kernel, if sequences are so short that it pays."""
+    if width > NARROW or rows >= SHORT_FORWARD * batch:
+        return None
+    return PACKED_FORWARD.get(precision)
 
 
 def _fits(launch: Launch, width: int, hidden: Sequence[int], device: torch.device) -> bool:

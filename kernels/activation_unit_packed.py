@@ -1,0 +1,118 @@
+"""activation_unit forward for short sequences: tiles of tokens of several sequences."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .arguments import get
+from .packed import (
+    GROUP,
+    first_layer,
+    group_at,
+    load_keys,
+    load_queries,
+    load_shared,
+    member_of,
+    member_rows,
+    multiply,
+    one_hot,
+)
+from .primitives import LN_2, columns, dot, exp2, scale, slab_count, vector_max, zero_rows
+from .schedule import find_sequence, rows_per_program, slot_of
+from .streamed import load_layers, score_tokens
+
+
+@triton.jit
+def add_members(p, member, v, acc, PRECISION: tl.constexpr):
+    """`acc` with `p_t v_t` added to the row of the member that each token is of: slabs `[GROUP, size]`."""
+    rows = tl.where(member[None, :] == tl.arange(0, GROUP)[:, None], p[None, :], 0.0)  # [GROUP, BLOCK]
+    out = ()
+    for i in tl.static_range(len(v)):
+        out = out + (dot(rows.to(v[i].dtype), v[i], acc[i], PRECISION),)
+    return out
+
+
+@triton.jit
+def store_members(whole, cut, slabs, is_whole, is_cut, WIDTH: tl.constexpr, WIDEST: tl.constexpr):
+    """Each member's row to where `whole` points, or `cut`."""
+    for i in tl.static_range(slab_count(WIDTH, WIDEST)):
+        column = columns(i, WIDTH, WIDEST)[None, :]
+        inside = column < WIDTH
+        tl.store(whole[:, None] + column, slabs[i], mask=is_whole[:, None] & inside)
+        tl.store(cut[:, None] + column, slabs[i], mask=is_cut[:, None] & inside)
+
+
+@triton.jit
+def packed_forward_kernel(data, net, out, lse, scores, part, part_state, SPEC: tl.constexpr):
+    DV: tl.constexpr = get(SPEC, "value_dim")
+    SLAB: tl.constexpr = get(SPEC, "dim_slab")
+    BLOCK: tl.constexpr = get(SPEC, "block")
+    SOFTMAX: tl.constexpr = get(SPEC, "softmax")
+    APPROX: tl.constexpr = get(SPEC, "approx")
+    PRECISION: tl.constexpr = get(SPEC, "precision")
+    DTYPE: tl.constexpr = net.key.dtype.element_ty
+    LEAST_MASS: tl.constexpr = 2.0**-6 if DTYPE == tl.float16 else 2.0**-60
+    program = tl.program_id(0)
+    total = tl.load(data.offsets + data.batch)
+    share = rows_per_program(total, tl.num_programs(0), get(SPEC, "least_rows"))
+    begin = tl.minimum(program.to(tl.int64) * share, total).to(total.dtype)
+    end = tl.minimum(begin + share, total)
+    if begin >= end:
+        return
+    sequence = find_sequence(data.offsets, data.batch, begin)
+    layers, slopes, last = load_layers(net, SPEC)
+    shared = load_shared(net, SPEC)
+    token = tl.arange(0, BLOCK)
+    ones = tl.full([BLOCK, 8], 1.0, tl.float32).to(DTYPE)
+    most = 1 * GROUP
+    while begin < end:
+        sequence, members, stop = group_at(data, sequence, begin, end, most)
+        first = first_layer(net, shared, sequence, members, SPEC)
+        peak = tl.full([], float("-inf"), tl.float32)
+        mass = tl.zeros([GROUP, 8], tl.float32)
+        acc = zero_rows(GROUP, DV, SLAB)
+        for start in tl.range(begin, stop, BLOCK, num_stages=get(SPEC, "stages")):
+            valid = token < (stop - start)
+            member = member_of(data, start + token, sequence, members)  # [BLOCK]
+            k, v = load_keys(data, start.to(tl.int64), valid, SPEC)
+            q = load_queries(data, sequence, member, SPEC)
+            x = k + multiply(q, k, APPROX) + (one_hot(member, valid, DTYPE, APPROX),)
+            s = score_tokens(x, first, layers, slopes, last, SPEC)  # [BLOCK]
+            if get(SPEC, "with_scores"):
+                tl.store(scores + start + token, s, mask=valid)
+            if SOFTMAX:
+                s = tl.where(valid, s, float("-inf"))
+                top = vector_max(s)
+                if top > peak + 8:
+                    factor = exp2(peak - top, APPROX)
+                    peak = top
+                    mass = mass * factor
+                    acc = scale(acc, factor)
+                p = exp2(s - peak, APPROX)
+                mass = add_members(p, member, (ones,), (mass,), PRECISION)[0]
+            else:
+                p = tl.where(valid, s, 0.0)
+            acc = add_members(p, member, v, acc, PRECISION)
+        first_row, last_row = member_rows(data, sequence, members)  # [GROUP]
+        from_row, to_row = tl.maximum(first_row, begin), tl.minimum(last_row, stop)
+        here = from_row < to_row
+        norm = tl.max(mass, 1)
+        # One peak serves all members. Where it lies so far above a member's scores that its weights vanish, or where
+        # a member is not a number, which products pass on, members are taken one by one.
+        if SOFTMAX and most > 1 and tl.min(tl.where(here & ~(norm >= LEAST_MASS), 0, 1)) == 0:
+            most = 1
+        else:
+            slot = slot_of(program, from_row, to_row, first_row, last_row)
+            whole = here & (slot < 0)
+            cut = here & (slot >= 0)
+            if SOFTMAX:
+                tl.store(lse + sequence + tl.arange(0, GROUP), (peak + tl.log2(norm)) * LN_2, mask=whole)
+                tl.store(part_state + 2 * slot, tl.broadcast_to(peak, [GROUP]), mask=cut)
+                tl.store(part_state + 2 * slot + 1, norm, mask=cut)
+                acc = scale(acc, tl.where(whole, 1 / norm, 1.0)[:, None])
+            row = (sequence.to(tl.int64) + tl.arange(0, GROUP)) * DV
+            store_members(out + row, part + slot * DV, acc, whole, cut, DV, SLAB)
+            begin = stop
+            sequence += members
+            most = 1 * GROUP

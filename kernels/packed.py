@@ -1,0 +1,188 @@
+"""Short sequences that share a tile: what the packed kernels have in common.
+
+A *group* is up to GROUP consecutive sequences, its *members*. Its rows are cut into tiles without regard to where
+sequences begin, so that no tile but a group's last has rows to spare. As the tokens of a tile have several queries, the
+first layer is not folded into one matrix per sequence; it reads `[k, q·k, one-hot of the member]`, 2 D + 16 columns, and
+its weight is `[key, product, c of the members]`. So one set of weights serves all sequences, and c needs no gather.
+Sums over tokens by member are products with the one-hot matrix too.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .arguments import get, narrowest, widest, width
+from .primitives import columns, load_rows, load_slab, slab_count, slab_inside
+from .schedule import find_sequence
+
+GROUP = tl.constexpr(16)  # rows of the smallest product
+
+
+@triton.jit
+def group_at(data, sequence, begin, end, most):
+    """The group of up to `most` members that begins with row `begin`: `(sequence, members, stop)`, where the first is
+    `sequence` or one behind it, and the last where the group's rows before `end` stop."""
+    if tl.load(data.offsets + sequence + 1) <= begin:  # empty
+        sequence = find_sequence(data.offsets, data.batch, begin)
+    members = tl.minimum(data.batch - sequence, most)
+    return sequence, members, tl.minimum(tl.load(data.offsets + sequence + members), end)
+
+
+@triton.jit
+def member_rows(data, sequence, members):
+    """`(first_row, last_row)` of each member, `[GROUP]`; none past the last member."""
+    member = tl.arange(0, GROUP)
+    inside = member < members
+    first_row = tl.load(data.offsets + sequence + member, mask=inside, other=0)
+    return first_row, tl.load(data.offsets + sequence + member + 1, mask=inside, other=0)
+
+
+@triton.jit
+def member_of(data, row, sequence, members):
+    """The member that each row is of, by bisection: the last that begins at or before it."""
+    member = row.to(tl.int32) * 0
+    for bit in tl.static_range(4):
+        probe = member + (GROUP >> (bit + 1))
+        begin = tl.load(data.offsets + sequence + probe, mask=probe < members, other=0)
+        member = tl.where((probe < members) & (begin <= row), probe, member)
+    return member
+
+
+@triton.jit
+def load_keys(data, row, valid, SPEC: tl.constexpr):
+    """The keys and the values of a tile that begins at `row`."""
+    token = tl.arange(0, get(SPEC, "block"))
+    key = data.key + row * get(SPEC, "key_stride")
+    k = load_rows(key, token, get(SPEC, "key_stride"), valid, get(SPEC, "dim"), get(SPEC, "dim_slab"))
+    if get(SPEC, "separate_values"):
+        value = data.value + row * get(SPEC, "value_stride")
+        return k, load_rows(
+            value, token, get(SPEC, "value_stride"), valid, get(SPEC, "value_dim"), get(SPEC, "dim_slab")
+        )
+    else:
+        return k, k
+
+
+@triton.jit
+def load_queries(data, sequence, member, SPEC: tl.constexpr):
+    """Of each token its query."""
+    D: tl.constexpr = get(SPEC, "dim")
+    SLAB: tl.constexpr = get(SPEC, "dim_slab")
+    slabs = ()
+    for i in tl.static_range(slab_count(D, SLAB)):
+        column = columns(i, D, SLAB)[None, :]
+        place = data.query + sequence.to(tl.int64) * get(SPEC, "query_stride") + member[:, None] * get(SPEC, "query_stride") + column
+        if slab_inside(i, D, SLAB):
+            slabs = slabs + (tl.load(place),)
+        else:
+            slabs = slabs + (tl.load(place, mask=column < D, other=0.0),)
+    return slabs
+
+
+@triton.jit
+def one_hot(member, valid, DTYPE: tl.constexpr, APPROX: tl.constexpr):
+    """`[tokens, GROUP]`, of a token that is not valid all zero."""
+    member = tl.where(valid, member, GROUP)[:, None]
+    column = tl.arange(0, GROUP)[None, :]
+    # In 16 bits two columns at once: a one is shifted by 0, by 16, or out of the word.
+    if APPROX and DTYPE == tl.bfloat16:
+        return tl.inline_asm_elementwise(
+            "{ .reg .b32 by; sub.u32 by, $1, $3; shl.b32 $0, 0x3f80, by; }",
+            "=r,r,r,r,r",
+            [member * 16, column * 16],
+            dtype=tl.bfloat16,
+            is_pure=True,
+            pack=2,
+        )
+    elif APPROX and DTYPE == tl.float16:
+        return tl.inline_asm_elementwise(
+            "{ .reg .b32 by; sub.u32 by, $1, $3; shl.b32 $0, 0x3c00, by; }",
+            "=r,r,r,r,r",
+            [member * 16, column * 16],
+            dtype=tl.float16,
+            is_pure=True,
+            pack=2,
+        )
+    else:
+        return (member == column).to(tl.float32).to(DTYPE)
+
+
+@triton.jit
+def multiply(a, b, APPROX: tl.constexpr):
+    """`a·b` of slabs, in their dtype."""
+    out = ()
+    for i in tl.static_range(len(a)):
+        out = out + (multiply_slab(a[i], b[i], APPROX),)
+    return out
+
+
+@triton.jit
+def multiply_slab(a, b, APPROX: tl.constexpr):
+    if APPROX and a.dtype == tl.bfloat16:
+        return tl.inline_asm_elementwise(
+            "{ .reg .b32 zero; mov.b32 zero, 0x80008000; fma.rn.bf16x2 $0, $1, $2, zero; }",
+            "=r,r,r",
+            [a, b],
+            dtype=tl.bfloat16,
+            is_pure=True,
+            pack=2,
+        )
+    else:
+        return (a.to(tl.float32) * b.to(tl.float32)).to(a.dtype)
+
+
+@triton.jit
+def resident(x, APPROX: tl.constexpr):
+    """x, but as a value that a compiler does not make again for each product that reads it, nor keep in registers as
+    an operand of that product: it goes to shared memory, once."""
+    if APPROX and x.dtype.primitive_bitwidth == 16:
+        return tl.inline_asm_elementwise(
+            "mov.b32 $0, $1;", "=r,r", [x], dtype=x.dtype, is_pure=False, pack=2
+        )
+    else:
+        return x
+
+
+@triton.jit
+def load_biases(net, sequence, members, j: tl.constexpr, SPEC: tl.constexpr):
+    """c of the members, slab j of the units, as a weight `[units, GROUP]`."""
+    H1: tl.constexpr = width(0, SPEC)
+    unit = columns(j, H1, widest(0, SPEC), narrowest(0, SPEC))
+    member = tl.arange(0, GROUP)
+    c = net.first_bias + sequence.to(tl.int64) * H1
+    inside = (unit < H1)[:, None] & (member < members)[None, :]
+    return tl.load(c + member[None, :] * H1 + unit[:, None], mask=inside, other=0.0)
+
+
+@triton.jit
+def load_shared(net, SPEC: tl.constexpr):
+    """What all sequences share of the first layer's weight, per slab of units."""
+    H1: tl.constexpr = width(0, SPEC)
+    H1_SLAB: tl.constexpr = widest(0, SPEC)
+    LEAST: tl.constexpr = narrowest(0, SPEC)
+    D: tl.constexpr = get(SPEC, "dim")
+    SLAB: tl.constexpr = get(SPEC, "dim_slab")
+    rows = ()
+    for j in tl.static_range(slab_count(H1, H1_SLAB, LEAST)):
+        row = ()
+        for i in tl.static_range(slab_count(D, SLAB)):
+            weight = load_slab(net.key, j, i, H1, H1_SLAB, LEAST, D, SLAB)
+            row = row + (resident(weight, get(SPEC, "approx")),)
+        for i in tl.static_range(slab_count(D, SLAB)):
+            weight = load_slab(net.product, j, i, H1, H1_SLAB, LEAST, D, SLAB)
+            row = row + (resident(weight, get(SPEC, "approx")),)
+        rows = rows + (row,)
+    return rows
+
+
+@triton.jit
+def first_layer(net, shared, sequence, members, SPEC: tl.constexpr):
+    """The first layer of a group, `(weight, bias)` as `streamed.score_tokens` takes it; its bias is zero."""
+    weight = ()
+    bias = ()
+    for j in tl.static_range(len(shared)):
+        c = load_biases(net, sequence, members, j, SPEC)
+        weight = weight + shared[j] + (resident(c.to(net.key.dtype.element_ty), get(SPEC, "approx")),)
+        bias = bias + (tl.zeros([c.shape[0]], tl.float32),)
+    return (weight,), bias
