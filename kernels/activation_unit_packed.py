@@ -15,7 +15,9 @@ from .packed import (
     load_shared,
     member_of,
     member_rows,
+    members,
     multiply,
+    multiply_slab,
     one_hot,
 )
 from .primitives import LN_2, columns, dot, exp2, scale, slab_count, vector_max, zero_rows
@@ -24,12 +26,11 @@ from .streamed import load_layers, score_tokens
 
 
 @triton.jit
-def add_members(p, member, v, acc, PRECISION: tl.constexpr):
-    """`acc` with `p_t v_t` added to the row of the member that each token is of: slabs `[GROUP, size]`."""
-    rows = tl.where(member[None, :] == tl.arange(0, GROUP)[:, None], p[None, :], 0.0)  # [GROUP, BLOCK]
+def add_rows(rows, v, acc, PRECISION: tl.constexpr):
+    """`acc + rows v`, slabs `[GROUP, size]`."""
     out = ()
     for i in tl.static_range(len(v)):
-        out = out + (dot(rows.to(v[i].dtype), v[i], acc[i], PRECISION),)
+        out = out + (dot(rows, v[i], acc[i], PRECISION),)
     return out
 
 
@@ -67,17 +68,18 @@ def packed_forward_kernel(data, net, out, lse, scores, part, part_state, SPEC: t
     ones = tl.full([BLOCK, 8], 1.0, tl.float32).to(DTYPE)
     most = 1 * GROUP
     while begin < end:
-        sequence, members, stop = group_at(data, sequence, begin, end, most)
-        first = first_layer(net, shared, sequence, members, SPEC)
+        sequence, count, stop = group_at(data, sequence, begin, end, most)
+        first = first_layer(net, shared, sequence, count, SPEC)
         peak = tl.full([], float("-inf"), tl.float32)
         mass = tl.zeros([GROUP, 8], tl.float32)
         acc = zero_rows(GROUP, DV, SLAB)
         for start in tl.range(begin, stop, BLOCK, num_stages=get(SPEC, "stages")):
             valid = token < (stop - start)
-            member = member_of(data, start + token, sequence, members)  # [BLOCK]
+            member = member_of(data, start + token, sequence, count)  # [BLOCK]
             k, v = load_keys(data, start.to(tl.int64), valid, SPEC)
             q = load_queries(data, sequence, member, SPEC)
-            x = k + multiply(q, k, APPROX) + (one_hot(member, valid, DTYPE, APPROX),)
+            owner = tl.where(valid, member, GROUP).to(tl.float32).to(DTYPE)
+            x = k + multiply(q, k, APPROX) + (one_hot(owner[:, None], members(DTYPE)[None, :], APPROX),)
             s = score_tokens(x, first, layers, slopes, last, SPEC)  # [BLOCK]
             if get(SPEC, "with_scores"):
                 tl.store(scores + start + token, s, mask=valid)
@@ -90,11 +92,14 @@ def packed_forward_kernel(data, net, out, lse, scores, part, part_state, SPEC: t
                     mass = mass * factor
                     acc = scale(acc, factor)
                 p = exp2(s - peak, APPROX)
-                mass = add_members(p, member, (ones,), (mass,), PRECISION)[0]
             else:
                 p = tl.where(valid, s, 0.0)
-            acc = add_members(p, member, v, acc, PRECISION)
-        first_row, last_row = member_rows(data, sequence, members)  # [GROUP]
+            chosen = one_hot(owner[None, :], members(DTYPE)[:, None], APPROX)  # [GROUP, BLOCK]
+            p_rows = multiply_slab(p.to(DTYPE)[None, :], chosen, APPROX)
+            acc = add_rows(p_rows, v, acc, PRECISION)
+            if SOFTMAX:
+                mass = dot(p_rows, ones, mass, PRECISION)
+        first_row, last_row = member_rows(data, sequence, count)  # [GROUP]
         from_row, to_row = tl.maximum(first_row, begin), tl.minimum(last_row, stop)
         here = from_row < to_row
         norm = tl.max(mass, 1)
@@ -114,5 +119,5 @@ def packed_forward_kernel(data, net, out, lse, scores, part, part_state, SPEC: t
             row = (sequence.to(tl.int64) + tl.arange(0, GROUP)) * DV
             store_members(out + row, part + slot * DV, acc, whole, cut, DV, SLAB)
             begin = stop
-            sequence += members
+            sequence += count
             most = 1 * GROUP

@@ -81,31 +81,48 @@ def load_queries(data, sequence, member, SPEC: tl.constexpr):
 
 
 @triton.jit
-def one_hot(member, valid, DTYPE: tl.constexpr, APPROX: tl.constexpr):
-    """`[tokens, GROUP]`, of a token that is not valid all zero."""
-    member = tl.where(valid, member, GROUP)[:, None]
-    column = tl.arange(0, GROUP)[None, :]
-    # In 16 bits two columns at once: a one is shifted by 0, by 16, or out of the word.
-    if APPROX and DTYPE == tl.bfloat16:
+def one_hot(member, column, APPROX: tl.constexpr):
+    """1 where the two are equal, else 0, for integers in a dtype of floating point."""
+    a, b = tl.broadcast(member, column)
+    if APPROX and a.dtype == tl.bfloat16:  # relu(1 - |a - b|), two at once
         return tl.inline_asm_elementwise(
-            "{ .reg .b32 by; sub.u32 by, $1, $3; shl.b32 $0, 0x3f80, by; }",
-            "=r,r,r,r,r",
-            [member * 16, column * 16],
+            """{
+            .reg .b32 distance, one, minus;
+            mov.b32 one, 0x3f803f80;
+            mov.b32 minus, 0xbf80bf80;
+            fma.rn.bf16x2 distance, $2, minus, $1;
+            abs.bf16x2 distance, distance;
+            fma.rn.relu.bf16x2 $0, distance, minus, one;
+            }""",
+            "=r,r,r",
+            [a, b],
             dtype=tl.bfloat16,
             is_pure=True,
             pack=2,
         )
-    elif APPROX and DTYPE == tl.float16:
+    elif APPROX and a.dtype == tl.float16:
         return tl.inline_asm_elementwise(
-            "{ .reg .b32 by; sub.u32 by, $1, $3; shl.b32 $0, 0x3c00, by; }",
-            "=r,r,r,r,r",
-            [member * 16, column * 16],
+            """{
+            .reg .b32 distance, one, minus;
+            mov.b32 one, 0x3c003c00;
+            mov.b32 minus, 0xbc00bc00;
+            fma.rn.f16x2 distance, $2, minus, $1;
+            abs.f16x2 distance, distance;
+            fma.rn.relu.f16x2 $0, distance, minus, one;
+            }""",
+            "=r,r,r",
+            [a, b],
             dtype=tl.float16,
             is_pure=True,
             pack=2,
         )
     else:
-        return (member == column).to(tl.float32).to(DTYPE)
+        return (a.to(tl.float32) == b.to(tl.float32)).to(tl.float32).to(a.dtype)
+
+
+@triton.jit
+def members(DTYPE: tl.constexpr):
+    return tl.arange(0, GROUP).to(tl.float32).to(DTYPE)
 
 
 @triton.jit
@@ -119,6 +136,7 @@ def multiply(a, b, APPROX: tl.constexpr):
 
 @triton.jit
 def multiply_slab(a, b, APPROX: tl.constexpr):
+    a, b = tl.broadcast(a, b)
     if APPROX and a.dtype == tl.bfloat16:
         return tl.inline_asm_elementwise(
             "{ .reg .b32 zero; mov.b32 zero, 0x80008000; fma.rn.bf16x2 $0, $1, $2, zero; }",
