@@ -15,6 +15,7 @@ from . import settings
 from .activation_unit_packed import packed_forward_kernel
 from .arguments import Histories, Spec, get
 from .normal_form import NormalForm, normal_form
+from .packed import one_hot_rows
 from .pooling import pool, pool_rows, pooled
 from .primitives import (
     LN_2,
@@ -140,18 +141,21 @@ def forward(unit: Any, with_scores: bool) -> tuple[Tensor, Tensor, Tensor]:
     scores = lse.new_zeros(total if with_scores else 0)
     if batch == 0 or total == 0:
         return out, scores, lse
-    kernel = _forward_kernel
     packed = settings.packed_forward(net.precision, max(data.key.shape[1], value_dim), total, batch)
-    if packed is not None:
-        kernel, launch = packed_forward_kernel, packed
+    launch = packed or launch
     programs = settings.programs(launch, total, data.key.device)
     spec = specialize(unit, data, net, launch, with_scores)
     if split:
         spec = replace(spec, precision="tf32", split=True)
     part, part_state = lse.new_empty(2 * programs, value_dim), lse.new_empty(2 * programs, 2)
-    kernel[(programs,)](
-        data, net.network, out, lse, scores, part, part_state, SPEC=spec, num_warps=launch.num_warps
-    )
+    results = (out, lse, scores, part, part_state)
+    if packed is None:
+        _forward_kernel[(programs,)](data, net.network, *results, SPEC=spec, num_warps=launch.num_warps)
+    else:
+        identity = one_hot_rows(net.network.key)
+        packed_forward_kernel[(programs,)](
+            data, net.network, identity, *results, SPEC=spec, num_warps=launch.num_warps
+        )
     merge(part, part_state if spec.softmax else None, data.offsets, out, lse, programs, launch.least_rows)
     if with_scores and spec.softmax:
         scores = _attention(scores, data.offsets, lse)

@@ -15,7 +15,6 @@ from .packed import (
     load_shared,
     member_of,
     member_rows,
-    members,
     multiply,
     multiply_slab,
     one_hot,
@@ -45,7 +44,7 @@ def store_members(whole, cut, slabs, is_whole, is_cut, WIDTH: tl.constexpr, WIDE
 
 
 @triton.jit
-def packed_forward_kernel(data, net, out, lse, scores, part, part_state, SPEC: tl.constexpr):
+def packed_forward_kernel(data, net, identity, out, lse, scores, part, part_state, SPEC: tl.constexpr):
     DV: tl.constexpr = get(SPEC, "value_dim")
     SLAB: tl.constexpr = get(SPEC, "dim_slab")
     BLOCK: tl.constexpr = get(SPEC, "block")
@@ -78,8 +77,8 @@ def packed_forward_kernel(data, net, out, lse, scores, part, part_state, SPEC: t
             member = member_of(data, start + token, sequence, count)  # [BLOCK]
             k, v = load_keys(data, start.to(tl.int64), valid, SPEC)
             q = load_queries(data, sequence, member, SPEC)
-            owner = tl.where(valid, member, GROUP).to(tl.float32).to(DTYPE)
-            x = k + multiply(q, k, APPROX) + (one_hot(owner[:, None], members(DTYPE)[None, :], APPROX),)
+            chosen = one_hot(identity, tl.where(valid, member, GROUP))  # [BLOCK, GROUP]
+            x = k + multiply(q, k, APPROX) + (chosen,)
             s = score_tokens(x, first, layers, slopes, last, SPEC)  # [BLOCK]
             if get(SPEC, "with_scores"):
                 tl.store(scores + start + token, s, mask=valid)
@@ -94,8 +93,7 @@ def packed_forward_kernel(data, net, out, lse, scores, part, part_state, SPEC: t
                 p = exp2(s - peak, APPROX)
             else:
                 p = tl.where(valid, s, 0.0)
-            chosen = one_hot(owner[None, :], members(DTYPE)[:, None], APPROX)  # [GROUP, BLOCK]
-            p_rows = multiply_slab(p.to(DTYPE)[None, :], chosen, APPROX)
+            p_rows = tl.trans(multiply_slab(p.to(DTYPE)[:, None], chosen, APPROX))  # [GROUP, BLOCK]
             acc = add_rows(p_rows, v, acc, PRECISION)
             if SOFTMAX:
                 mass = dot(p_rows, ones, mass, PRECISION)

@@ -9,8 +9,10 @@ Sums over tokens by member are products with the one-hot matrix too.
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from .arguments import get, narrowest, widest, width
 from .primitives import columns, load_rows, load_slab, slab_count, slab_inside
@@ -81,48 +83,9 @@ def load_queries(data, sequence, member, SPEC: tl.constexpr):
 
 
 @triton.jit
-def one_hot(member, column, APPROX: tl.constexpr):
-    """1 where the two are equal, else 0, for integers in a dtype of floating point."""
-    a, b = tl.broadcast(member, column)
-    if APPROX and a.dtype == tl.bfloat16:  # relu(1 - |a - b|), two at once
-        return tl.inline_asm_elementwise(
-            """{
-            .reg .b32 distance, one, minus;
-            mov.b32 one, 0x3f803f80;
-            mov.b32 minus, 0xbf80bf80;
-            fma.rn.bf16x2 distance, $2, minus, $1;
-            abs.bf16x2 distance, distance;
-            fma.rn.relu.bf16x2 $0, distance, minus, one;
-            }""",
-            "=r,r,r",
-            [a, b],
-            dtype=tl.bfloat16,
-            is_pure=True,
-            pack=2,
-        )
-    elif APPROX and a.dtype == tl.float16:
-        return tl.inline_asm_elementwise(
-            """{
-            .reg .b32 distance, one, minus;
-            mov.b32 one, 0x3c003c00;
-            mov.b32 minus, 0xbc00bc00;
-            fma.rn.f16x2 distance, $2, minus, $1;
-            abs.f16x2 distance, distance;
-            fma.rn.relu.f16x2 $0, distance, minus, one;
-            }""",
-            "=r,r,r",
-            [a, b],
-            dtype=tl.float16,
-            is_pure=True,
-            pack=2,
-        )
-    else:
-        return (a.to(tl.float32) == b.to(tl.float32)).to(tl.float32).to(a.dtype)
-
-
-@triton.jit
-def members(DTYPE: tl.constexpr):
-    return tl.arange(0, GROUP).to(tl.float32).to(DTYPE)
+def one_hot(identity, member):
+    """`[tokens, GROUP]`, of member GROUP all zero. Looked up, as that costs a tenth of comparisons."""
+    return tl.load(identity + member[:, None] * GROUP + tl.arange(0, GROUP)[None, :])
 
 
 @triton.jit
@@ -204,3 +167,8 @@ def first_layer(net, shared, sequence, members, SPEC: tl.constexpr):
         weight = weight + shared[j] + (resident(c.to(net.key.dtype.element_ty), get(SPEC, "approx")),)
         bias = bias + (tl.zeros([c.shape[0]], tl.float32),)
     return (weight,), bias
+
+
+def one_hot_rows(like: Tensor) -> Tensor:
+    """What `one_hot` looks up: `[GROUP + 1, GROUP]`, in the dtype of `like`."""
+    return torch.eye(GROUP.value + 1, GROUP.value, dtype=like.dtype, device=like.device)
