@@ -8,39 +8,22 @@ import triton.language as tl
 from .arguments import get
 from .packed import (
     GROUP,
+    add_rows,
     first_layer,
     group_at,
     load_keys,
     load_queries,
-    load_shared,
+    load_resident,
     member_of,
     member_rows,
     multiply,
     multiply_slab,
     one_hot,
+    store_members,
 )
-from .primitives import LN_2, columns, dot, exp2, scale, slab_count, vector_max, zero_rows
+from .primitives import LN_2, dot, exp2, scale, vector_max, zero_rows
 from .schedule import find_sequence, rows_per_program, slot_of
 from .streamed import load_layers, score_tokens
-
-
-@triton.jit
-def add_rows(rows, v, acc, PRECISION: tl.constexpr):
-    """`acc + rows v`, slabs `[GROUP, size]`."""
-    out = ()
-    for i in tl.static_range(len(v)):
-        out = out + (dot(rows, v[i], acc[i], PRECISION),)
-    return out
-
-
-@triton.jit
-def store_members(whole, cut, slabs, is_whole, is_cut, WIDTH: tl.constexpr, WIDEST: tl.constexpr):
-    """Each member's row to where `whole` points, or `cut`."""
-    for i in tl.static_range(slab_count(WIDTH, WIDEST)):
-        column = columns(i, WIDTH, WIDEST)[None, :]
-        inside = column < WIDTH
-        tl.store(whole[:, None] + column, slabs[i], mask=is_whole[:, None] & inside)
-        tl.store(cut[:, None] + column, slabs[i], mask=is_cut[:, None] & inside)
 
 
 @triton.jit
@@ -62,13 +45,13 @@ def packed_forward_kernel(data, net, identity, out, lse, scores, part, part_stat
         return
     sequence = find_sequence(data.offsets, data.batch, begin)
     layers, slopes, last = load_layers(net, SPEC)
-    shared = load_shared(net, SPEC)
+    key, product = load_resident(net.key, SPEC), load_resident(net.product, SPEC)
     token = tl.arange(0, BLOCK)
     ones = tl.full([BLOCK, 8], 1.0, tl.float32).to(DTYPE)
     most = 1 * GROUP
     while begin < end:
         sequence, count, stop = group_at(data, sequence, begin, end, most)
-        first = first_layer(net, shared, sequence, count, SPEC)
+        weight, bias = first_layer(net, key, product, sequence, count, SPEC)
         peak = tl.full([], float("-inf"), tl.float32)
         mass = tl.zeros([GROUP, 8], tl.float32)
         acc = zero_rows(GROUP, DV, SLAB)
@@ -79,7 +62,7 @@ def packed_forward_kernel(data, net, identity, out, lse, scores, part, part_stat
             q = load_queries(data, sequence, member, SPEC)
             chosen = one_hot(identity, tl.where(valid, member, GROUP))  # [BLOCK, GROUP]
             x = k + multiply(q, k, APPROX) + (chosen,)
-            s = score_tokens(x, first, layers, slopes, last, SPEC)  # [BLOCK]
+            s = score_tokens(x, ((weight,), bias), layers, slopes, last, SPEC)  # [BLOCK]
             if get(SPEC, "with_scores"):
                 tl.store(scores + start + token, s, mask=valid)
             if SOFTMAX:

@@ -1,9 +1,9 @@
 """Short sequences that share a tile: what the packed kernels have in common.
 
 A *group* is up to GROUP consecutive sequences, its *members*. Its rows are cut into tiles without regard to where
-sequences begin, so that no tile but a group's last has rows to spare. As the tokens of a tile have several queries, the
-first layer is not folded into one matrix per sequence; it reads `[k, q·k, one-hot of the member]`, 2 D + 16 columns, and
-its weight is `[key, product, c of the members]`. So one set of weights serves all sequences, and c needs no gather.
+sequences begin, so that no tile but a group's last has rows to spare. As the tokens of a tile have several queries,
+the first layer is not folded into one matrix per sequence; it reads `[k, q·k, one-hot of the member]`, 2 D + 16 columns,
+and its weight is `[key, product, c of the members]`. So one set of weights serves all sequences, and c needs no gather.
 Sums over tokens by member are products with the one-hot matrix too.
 """
 
@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .arguments import get, narrowest, widest, width
-from .primitives import columns, load_rows, load_slab, slab_count, slab_inside
+from .primitives import columns, dot, load_matrix, load_rows, slab_count, slab_inside
 from .schedule import find_sequence
 
 GROUP = tl.constexpr(16)  # rows of the smallest product
@@ -71,15 +71,24 @@ def load_queries(data, sequence, member, SPEC: tl.constexpr):
     """Of each token its query."""
     D: tl.constexpr = get(SPEC, "dim")
     SLAB: tl.constexpr = get(SPEC, "dim_slab")
+    STRIDE: tl.constexpr = get(SPEC, "query_stride")
+    query = data.query + sequence.to(tl.int64) * STRIDE
     slabs = ()
     for i in tl.static_range(slab_count(D, SLAB)):
         column = columns(i, D, SLAB)[None, :]
-        place = data.query + sequence.to(tl.int64) * get(SPEC, "query_stride") + member[:, None] * get(SPEC, "query_stride") + column
+        place = query + member[:, None] * STRIDE + column
         if slab_inside(i, D, SLAB):
             slabs = slabs + (tl.load(place),)
         else:
             slabs = slabs + (tl.load(place, mask=column < D, other=0.0),)
     return slabs
+
+
+@triton.jit
+def load_members(pointer, members, WIDTH: tl.constexpr, WIDEST: tl.constexpr):
+    """A contiguous row of each member, slabs `[GROUP, size]`; zero past the last member."""
+    member = tl.arange(0, GROUP)
+    return load_rows(pointer, member, WIDTH, member < members, WIDTH, WIDEST)
 
 
 @triton.jit
@@ -137,36 +146,57 @@ def load_biases(net, sequence, members, j: tl.constexpr, SPEC: tl.constexpr):
 
 
 @triton.jit
-def load_shared(net, SPEC: tl.constexpr):
-    """What all sequences share of the first layer's weight, per slab of units."""
-    H1: tl.constexpr = width(0, SPEC)
-    H1_SLAB: tl.constexpr = widest(0, SPEC)
-    LEAST: tl.constexpr = narrowest(0, SPEC)
+def load_resident(pointer, SPEC: tl.constexpr):
+    """A matrix `[H1, D]` of the first layer, which all sequences share, as slabs."""
     D: tl.constexpr = get(SPEC, "dim")
-    SLAB: tl.constexpr = get(SPEC, "dim_slab")
-    rows = ()
-    for j in tl.static_range(slab_count(H1, H1_SLAB, LEAST)):
-        row = ()
-        for i in tl.static_range(slab_count(D, SLAB)):
-            weight = load_slab(net.key, j, i, H1, H1_SLAB, LEAST, D, SLAB)
-            row = row + (resident(weight, get(SPEC, "approx")),)
-        for i in tl.static_range(slab_count(D, SLAB)):
-            weight = load_slab(net.product, j, i, H1, H1_SLAB, LEAST, D, SLAB)
-            row = row + (resident(weight, get(SPEC, "approx")),)
-        rows = rows + (row,)
-    return rows
+    slabs = load_matrix(pointer, width(0, SPEC), widest(0, SPEC), narrowest(0, SPEC), D, get(SPEC, "dim_slab"))
+    return all_resident(slabs, get(SPEC, "approx"))
 
 
 @triton.jit
-def first_layer(net, shared, sequence, members, SPEC: tl.constexpr):
-    """The first layer of a group, `(weight, bias)` as `streamed.score_tokens` takes it; its bias is zero."""
+def all_resident(slabs, APPROX: tl.constexpr):
+    out = ()
+    for i in tl.static_range(len(slabs)):
+        out = out + (resident(slabs[i], APPROX),)
+    return out
+
+
+@triton.jit
+def first_layer(net, key, product, sequence, members, SPEC: tl.constexpr):
+    """The first layer of a group, `(weight, bias)`; its bias is zero."""
+    COUNT: tl.constexpr = slab_count(get(SPEC, "dim"), get(SPEC, "dim_slab"))
     weight = ()
     bias = ()
-    for j in tl.static_range(len(shared)):
+    for j in tl.static_range(len(key) // COUNT):
+        for i in tl.static_range(COUNT):
+            weight = weight + (key[j * COUNT + i],)
+        for i in tl.static_range(COUNT):
+            weight = weight + (product[j * COUNT + i],)
         c = load_biases(net, sequence, members, j, SPEC)
-        weight = weight + shared[j] + (resident(c.to(net.key.dtype.element_ty), get(SPEC, "approx")),)
+        weight = weight + (resident(c.to(net.key.dtype.element_ty), get(SPEC, "approx")),)
         bias = bias + (tl.zeros([c.shape[0]], tl.float32),)
-    return (weight,), bias
+    return weight, bias
+
+
+@triton.jit
+def add_rows(rows, slabs, acc, PRECISION: tl.constexpr):
+    """`acc + rows·slabs`."""
+    out = ()
+    for i in tl.static_range(len(slabs)):
+        out = out + (dot(rows, slabs[i], acc[i], PRECISION),)
+    return out
+
+
+@triton.jit
+def store_members(
+    whole, cut, slabs, is_whole, is_cut, WIDTH: tl.constexpr, WIDEST: tl.constexpr, NARROWEST: tl.constexpr = 16
+):
+    """Each member's row of slabs `[GROUP, size]`, to where `whole` points or to where `cut` does."""
+    for i in tl.static_range(slab_count(WIDTH, WIDEST, NARROWEST)):
+        column = columns(i, WIDTH, WIDEST, NARROWEST)[None, :]
+        inside = column < WIDTH
+        tl.store(whole[:, None] + column, slabs[i], mask=is_whole[:, None] & inside)
+        tl.store(cut[:, None] + column, slabs[i], mask=is_cut[:, None] & inside)
 
 
 def one_hot_rows(like: Tensor) -> Tensor:

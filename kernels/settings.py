@@ -42,6 +42,13 @@ PACKED_FORWARD = {
     "half": Launch(32, 1, 1, 32, (32, 8), 16, 256, 8),
     "tf32": Launch(16, 1, 1, 32, (32, 8), 32, 256, 8),
 }
+PACKED_BACKWARD = {
+    "half": Launch(32, 1, 1, 32, (32, 16), 32, 512, 8),
+}
+PACKED_WEIGHTS = {
+    "half": Launch(64, 4, 2, 64, (64, 16), 64, 2048, 2),
+}
+SHORT_BACKWARD = 70
 SHORT_FORWARD = 50  # rows per sequence below which they pay
 
 # "split" is "ieee" where products of float32 are made of several narrower ones.
@@ -81,6 +88,13 @@ def packed_forward(precision: str, width: int, rows: int, batch: int) -> Launch 
     if width > NARROW or rows >= SHORT_FORWARD * batch:
         return None
     return PACKED_FORWARD.get(precision)
+
+
+def packed_backward(precision: str, width: int, rows: int, batch: int) -> tuple[Launch, Launch] | None:
+    """As packed_forward, of both kernels."""
+    if width > NARROW or rows >= SHORT_BACKWARD * batch or precision not in PACKED_BACKWARD:
+        return None
+    return PACKED_BACKWARD[precision], PACKED_WEIGHTS[precision]
 
 
 def _fits(launch: Launch, width: int, hidden: Sequence[int], device: torch.device) -> bool:
