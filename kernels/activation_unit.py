@@ -12,9 +12,11 @@ import triton.language as tl
 from torch import Tensor
 
 from . import activation_unit_candidates, settings
+from .activation_unit_packed import packed_forward_kernel
 from .arguments import Histories, Spec, get
 from .histories import load_tile, part_at, position_of, share_of
 from .normal_form import NormalForm, normal_form
+from .packed import one_hot_rows
 from .pooling import pool, pool_rows, pooled, weigh
 from .primitives import (
     LN_2,
@@ -129,21 +131,29 @@ def forward(unit: Any, with_scores: bool) -> tuple[Tensor, Tensor, Tensor]:
     scores = lse.new_zeros(unit.positions if with_scores else 0)
     if batch == 0 or unit.positions == 0:
         return out, scores, lse
-    if unit.candidates is not None and settings.share_tiles(
-        net.precision, max(unit.keys.shape[1], value_dim), batch, unit.candidates.queries.numel() - 1
-    ):
+    width = max(unit.keys.shape[1], value_dim)
+    if settings.share_tiles(net.precision, width, unit):
         launch = settings.CANDIDATES_FORWARD
         spec = specialize(unit, data, net, launch, False)
         activation_unit_candidates.forward(unit, data, net.network, out, lse, spec, launch)
         return out, scores, lse
+    packed = settings.packed_forward(net.precision, width, unit)
+    launch = packed or launch
     programs = settings.programs(launch, unit.most_rows, data.key.device)
     spec = specialize(unit, data, net, launch, with_scores)
     if split:
         spec = replace(spec, precision="tf32", split=True)
     part, part_state = lse.new_empty(2 * programs, value_dim), lse.new_empty(2 * programs, 2)
-    _forward_kernel[(programs,)](
-        data, batch, net.network, out, lse, scores, part, part_state, SPEC=spec, num_warps=launch.num_warps
-    )
+    results = (out, lse, scores, part, part_state)
+    if packed is None:
+        _forward_kernel[(programs,)](
+            data, batch, net.network, *results, SPEC=spec, num_warps=launch.num_warps
+        )
+    else:
+        identity = one_hot_rows(net.network.key)
+        packed_forward_kernel[(programs,)](
+            data, batch, net.network, identity, *results, SPEC=spec, num_warps=launch.num_warps
+        )
     merge(part, part_state if spec.softmax else None, data.offsets, out, lse, programs, launch.least_rows)
     if with_scores and spec.softmax:
         scores = _attention(scores, data.offsets, lse)

@@ -17,6 +17,7 @@ from torch import Tensor
 from . import settings
 from .activation_unit import histories, specialize
 from .activation_unit_keys import keys_backward, keys_kernel, zero_gradients
+from .activation_unit_packed_backward import left_behind, packed_tokens_kernel, packed_weights_kernel
 from .activation_unit_weights import weights_kernel
 from .arguments import Histories, Network, Spec, Upstream, get, widest, width
 from .attend_backward import attend_backward, load_sequence
@@ -24,6 +25,7 @@ from .histories import load_tile, part_at, position_of, share_of, store_tile
 from .mlp import load_network, run_layers, score
 from .mlp_backward import first_dz, load_back, run_layers_backward, with_fresh_vectors
 from .normal_form import NormalForm, backward_weights, gradients, normal_form
+from .packed import one_hot_rows
 from .primitives import columns, load_matrix, slab_count
 from .schedule import find_sequence, merge, slot_of
 from .sums import add_matrix, column_sum, in_dtype, outer_sum, store_column, zero_matrix
@@ -183,55 +185,81 @@ def backward(
     )
     split = net.precision == "ieee" and settings.can_split(dim, net.hidden, data.key.device)
     row = "split" if split else net.precision
-    tokens, weights = settings.BACKWARD_TOKENS[row], settings.BACKWARD_WEIGHTS[row]
+    packed = settings.packed_backward(net.precision, max(dim, value_dim), unit)
+    tokens, weights = packed or (settings.BACKWARD_TOKENS[row], settings.BACKWARD_WEIGHTS[row])
     token_programs = settings.programs(tokens, unit.most_rows, data.key.device)
     weight_programs = settings.programs(weights, unit.most_rows, data.key.device)
     with_scores = grad_scores is not None
 
-    by_program = {
-        "key": zeros(token_programs, *net.network.key.t().shape),
-        "product": zeros(token_programs, *net.network.product.t().shape),
-    }
+    # Of the packed kernels it is the other one that sums up the first layer, and the last.
+    first_programs, last_programs = token_programs, weight_programs
+    if packed:
+        first_programs, last_programs = last_programs, first_programs
+    grad_key_weight = zeros(first_programs, *net.network.key.t().shape)
+    grad_product_weight = torch.zeros_like(grad_key_weight)
     grad_weights = tuple(zeros(weight_programs, *w.t().shape) for w in net.network.weights)
     grad_biases = tuple(zeros(weight_programs, *b.shape) for b in net.network.biases)
-    grad_slopes = tuple(zeros(weight_programs, *s.shape) for s in net.network.slopes)
-    grad_last_weight = zeros(weight_programs, net.hidden[-1])
-    grad_last_bias = zeros(weight_programs, 1)
+    grad_slopes = tuple(zeros(last_programs, *s.shape) for s in net.network.slopes)
+    grad_last_weight = zeros(last_programs, net.hidden[-1])
+    grad_last_bias = zeros(last_programs, 1)
     if batch and unit.positions:
-        spec = _spec(unit, data, net, tokens, with_scores, settings.SPLIT_TOKENS if split else None)
+        token_spec = _spec(unit, data, net, tokens, with_scores, settings.SPLIT_TOKENS if split else None)
+        weight_spec = _spec(unit, data, net, weights, with_scores, settings.SPLIT_WEIGHTS if split else None)
         part = torch.empty_like(grad_first, memory_format=torch.contiguous_format).new_empty(
             2 * token_programs, grad_first.shape[1]
         )
-        tokens_kernel[(token_programs,)](
-            data,
-            batch,
-            net.network,
-            upstream,
-            grad_key,
-            grad_key if grad_value is None else grad_value,
-            grad_first,
-            part,
-            by_program["key"],
-            by_program["product"],
-            SPEC=spec,
-            num_warps=tokens.num_warps,
-        )
+        by_token = (grad_key, grad_key if grad_value is None else grad_value, grad_first, part)
+        first_weights = (grad_key_weight, grad_product_weight)
+        last_layer = (grad_slopes, grad_last_weight, grad_last_bias)
+        if packed:
+            left = left_behind(data, unit.positions, net.hidden)
+            packed_tokens_kernel[(token_programs,)](
+                data,
+                batch,
+                net.network,
+                upstream,
+                one_hot_rows(data.key),
+                *by_token,
+                *left,
+                *last_layer,
+                SPEC=token_spec,
+                num_warps=tokens.num_warps,
+            )
+            packed_weights_kernel[(weight_programs,)](
+                data,
+                batch,
+                *left,
+                *first_weights,
+                grad_weights,
+                grad_biases,
+                SPEC=weight_spec,
+                num_warps=weights.num_warps,
+            )
+        else:
+            tokens_kernel[(token_programs,)](
+                data,
+                batch,
+                net.network,
+                upstream,
+                *by_token,
+                *first_weights,
+                SPEC=token_spec,
+                num_warps=tokens.num_warps,
+            )
+            weights_kernel[(weight_programs,)](
+                data,
+                batch,
+                net.network,
+                upstream,
+                grad_weights,
+                grad_biases,
+                *last_layer,
+                SPEC=weight_spec,
+                num_warps=weights.num_warps,
+            )
         merge(part, None, data.offsets, grad_first, lse, token_programs, tokens.least_rows)
-        if spec.shared:
-            _shared_keys(unit, data, net.network, upstream, grad_key, grad_value, spec, tokens)
-        weights_kernel[(weight_programs,)](
-            data,
-            batch,
-            net.network,
-            upstream,
-            grad_weights,
-            grad_biases,
-            grad_slopes,
-            grad_last_weight,
-            grad_last_bias,
-            SPEC=_spec(unit, data, net, weights, with_scores, settings.SPLIT_WEIGHTS if split else None),
-            num_warps=weights.num_warps,
-        )
+        if token_spec.shared:
+            _shared_keys(unit, data, net.network, upstream, grad_key, grad_value, token_spec, tokens)
     weight_sums = [w.sum(0).t() for w in grad_weights]
     bias_sums = [b.sum(0) for b in grad_biases]
     slope_sums = [g.sum(0) for g in grad_slopes]
@@ -242,8 +270,8 @@ def backward(
         slope_sums[-1] = slope_sums[-1] * net.network.last_weight
     grads = gradients(
         net,
-        by_program["key"].sum(0).t(),
-        by_program["product"].sum(0).t(),
+        grad_key_weight.sum(0).t(),
+        grad_product_weight.sum(0).t(),
         grad_first[:, dim:],
         weight_sums,
         bias_sums,

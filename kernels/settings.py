@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -40,6 +40,20 @@ NARROW = 64
 CANDIDATES = 2  # that share a tile of keys: with 4 it is 7 % fewer instructions, and local memory in the loop
 CANDIDATES_FORWARD = Launch(32, 1, 1, 64, (32, 8), 64, 256, 4)
 
+# Of kernels whose tiles have tokens of several sequences.
+PACKED_FORWARD = {
+    "half": Launch(32, 1, 1, 32, (32, 8), 16, 256, 8),
+    "tf32": Launch(16, 1, 1, 32, (32, 8), 32, 256, 8),
+}
+PACKED_BACKWARD = {
+    "half": Launch(32, 1, 1, 32, (32, 16), 32, 512, 8),
+}
+PACKED_WEIGHTS = {
+    "half": Launch(64, 4, 2, 64, (64, 16), 64, 2048, 2),
+}
+SHORT_BACKWARD = 70
+SHORT_FORWARD = 50  # rows per sequence below which they pay
+
 # "split" is "ieee" where products of float32 are made of several narrower ones.
 BACKWARD_TOKENS = {
     "half": Launch(32, 2, 1, 16, (16, 16), 64, 512, 4),
@@ -72,9 +86,31 @@ def forward(precision: str, width: int, hidden: Sequence[int], device: torch.dev
     return FORWARD[size, precision], False
 
 
-def share_tiles(precision: str, width: int, queries: int, histories: int) -> bool:
+def share_tiles(precision: str, width: int, unit: Any) -> bool:
     """Whether several candidates share a tile: where there are enough of each history, going by their mean."""
-    return precision == "half" and width <= NARROW and queries >= 2 * CANDIDATES * histories
+    if unit.candidates is None or precision != "half" or width > NARROW:
+        return False
+    histories = unit.candidates.queries.numel() - 1
+    return unit.query.shape[0] >= 2 * CANDIDATES * histories
+
+
+def packed_forward(precision: str, width: int, unit: Any) -> Launch | None:
+    """Settings of the packed kernel, if sequences are so short that it pays."""
+    if width > NARROW or not _shorter(SHORT_FORWARD, unit):
+        return None
+    return PACKED_FORWARD.get(precision)
+
+
+def packed_backward(precision: str, width: int, unit: Any) -> tuple[Launch, Launch] | None:
+    """As packed_forward, of both kernels."""
+    if width > NARROW or not _shorter(SHORT_BACKWARD, unit) or precision not in PACKED_BACKWARD:
+        return None
+    return PACKED_BACKWARD[precision], PACKED_WEIGHTS[precision]
+
+
+def _shorter(length: int, unit: Any) -> bool:
+    """Whether sequences that share no history are shorter than this, going by their mean with slack counted in."""
+    return unit.candidates is None and unit.positions < length * unit.query.shape[0]
 
 
 def _fits(launch: Launch, width: int, hidden: Sequence[int], device: torch.device) -> bool:
