@@ -102,6 +102,8 @@ def uncovered(unit: Any) -> str | None:
     """Why no kernel here takes this call, or None if one does."""
     if unit.keys.dtype not in (torch.float16, torch.bfloat16, torch.float32):
         return f"no kernel computes in {unit.keys.dtype}"
+    if unit.activation == "dice" or unit.dropout is not None:
+        return "no kernel has dice or dropout"
     if not 1 <= len(unit.weights) <= 3:
         return f"kernels have 1 to 3 hidden layers, not {len(unit.weights)}"
     hidden = [unit.first.bias.shape[1], *(b.shape[0] for b in unit.biases)]

@@ -279,6 +279,8 @@ def backward(
         grad_last_bias.sum(0),
     )
     slopes = [
-        g.sum_to_size(s.shape) for g, s in zip(slope_sums, unit.slopes, strict=False) if isinstance(s, Tensor)
+        g.sum_to_size(s.shape)
+        for g, (s,) in zip(slope_sums, unit.params if slope_sums else (), strict=True)
+        if isinstance(s, Tensor)
     ]
     return grad_first[:, :dim], grad_key, grad_value, *grads, slopes

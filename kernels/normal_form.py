@@ -141,7 +141,7 @@ def _slopes(unit: Any) -> tuple[Tensor, ...]:
     widths = [unit.first.bias.shape[1], *(b.shape[0] for b in unit.biases[:-1])]
     like = unit.first.bias
     if unit.activation == "prelu":
-        return tuple(s.expand(n).contiguous() for s, n in zip(unit.slopes, widths, strict=True))
+        return tuple(s.expand(n).contiguous() for (s,), n in zip(unit.params, widths, strict=True))
     if unit.activation == "leaky_relu":
-        return tuple(like.new_full((n,), s) for s, n in zip(unit.slopes, widths, strict=True))
+        return tuple(like.new_full((n,), s) for (s,), n in zip(unit.params, widths, strict=True))
     return ()

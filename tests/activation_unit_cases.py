@@ -32,6 +32,7 @@ class Case:
     hidden: Sequence[int] = (20, 12)
     features: Sequence[str] = ("q", "k", "q-k", "q*k")
     activation: str = "sigmoid"
+    dropout: float = 0.0
     normalize: str = "softmax"
     scale: float = 0.7
     return_scores: bool = False
@@ -48,6 +49,8 @@ class Case:
         return {
             "features": self.features,
             "activation": self.activation,
+            "dropout": self.dropout,
+            "seed": torch.tensor([self.seed + 3]) if self.dropout else None,
             "normalize": self.normalize,
             "scale": self.scale,
             "return_scores": self.return_scores,
@@ -93,6 +96,11 @@ class Case:
         if self.activation == "prelu":  # one slope for the first layer, then one per unit
             for layer, width in enumerate(self.hidden):
                 tensors[f"slope {layer}"] = normal(width if layer else 1, std=0.2)
+        if self.activation == "dice":  # one number for the first layer, then one per unit
+            for layer, width in enumerate(self.hidden):
+                size = width if layer else 1
+                for name, mean in (("alpha", 0.0), ("gate scale", 1.0), ("gate shift", 0.0)):
+                    tensors[f"{name} {layer}"] = normal(size, std=0.3) + mean
         if self.activation in ("relu", "leaky_relu", "prelu") and total:
             self._keep_off_kinks(tensors, normal)
         return tensors
@@ -122,24 +130,33 @@ class Case:
         raise AssertionError("no keys off the kinks were found")
 
 
+def group(tensors: dict[str, Tensor], name: str) -> list[Tensor]:
+    """Of all layers."""
+    return [tensor for key, tensor in tensors.items() if key.rpartition(" ")[0] == name]
+
+
+def activation_params(case: Case, tensors: dict[str, Tensor]) -> Any:
+    if case.activation == "dice":
+        return list(
+            zip(*(group(tensors, name) for name in ("alpha", "gate scale", "gate shift")), strict=True)
+        )
+    return group(tensors, "slope") or (0.1 if case.activation == "leaky_relu" else None)
+
+
 def call(
     function: Callable[..., Any], case: Case, tensors: dict[str, Tensor], **changes: Any
 ) -> dict[str, Tensor]:
     """Output and gradients by name, for upstream gradients that depend on the case only."""
     tensors = {name: tensor.detach().requires_grad_() for name, tensor in tensors.items()}
 
-    def group(name: str) -> list[Tensor]:
-        return [tensor for key, tensor in tensors.items() if key.startswith(name + " ")]
-
-    slopes: Any = group("slope") or (0.1 if case.activation == "leaky_relu" else None)
     result = function(
         tensors["query"],
         tensors["keys"],
         changes.pop("offsets", case.offsets()),
-        group("weight"),
-        group("bias"),
+        group(tensors, "weight"),
+        group(tensors, "bias"),
         values=tensors.get("values"),
-        activation_params=slopes,
+        activation_params=activation_params(case, tensors),
         **case.data(),
         **case.options(),
         **changes,

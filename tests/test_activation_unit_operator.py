@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from activation_unit_cases import Case, call, variant
+from activation_unit_cases import Case, activation_params, call, group, variant
 from recorded_launches import recorded_launches
 from torch import Tensor
 
@@ -17,10 +17,9 @@ from recattn.ops.activation_unit import forward_op
 
 def arguments(case: Case) -> tuple[Any, ...]:
     tensors = {name: t.requires_grad_() for name, t in case.tensors().items()}
-
-    def group(name: str) -> list[Tensor]:
-        return [t for key, t in tensors.items() if key.startswith(name + " ")]
-
+    params = activation_params(case, tensors)
+    if not isinstance(params, list):
+        params = []
     return (
         tensors["query"],
         tensors["keys"],
@@ -28,14 +27,16 @@ def arguments(case: Case) -> tuple[Any, ...]:
         tensors.get("values"),
         case.data().get("query_offsets"),
         case.data().get("rows"),
-        group("weight"),
-        group("bias"),
-        group("slope"),
+        case.options()["seed"],
+        group(tensors, "weight"),
+        group(tensors, "bias"),
+        [param for layer in params for param in (layer if isinstance(layer, tuple) else (layer,))],
         case.unique_rows,
         case.sparse_grad,
         list(case.features),
         case.activation,
         0.1,
+        case.dropout,
         case.normalize,
         case.scale,
         case.return_scores,
@@ -50,17 +51,19 @@ def arguments(case: Case) -> tuple[Any, ...]:
         variant(lengths=[]),
         variant(value_dim=7, return_scores=True, normalize="none"),
         variant(activation="prelu", hidden=(6,)),
+        variant(activation="dice", dropout=0.3),
     ],
-    ids=["plain", "no history", "values and scores", "prelu"],
+    ids=["plain", "no history", "values and scores", "prelu", "dice and dropout"],
 )
 def test_schema_fake_and_autograd_agree_with_the_implementation(case: Case) -> None:
     checks = torch.library.opcheck(forward_op, arguments(case))
     assert set(checks.values()) == {"SUCCESS"}
 
 
-@pytest.mark.parametrize("activation", ["sigmoid", "prelu", "silu", "gelu", "tanh"])
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+@pytest.mark.parametrize("activation", ["sigmoid", "prelu", "silu", "gelu", "tanh", "dice"])
 @pytest.mark.parametrize("normalize", ["softmax", "none"])
-def test_gradients_are_those_of_finite_differences(activation: str, normalize: str) -> None:
+def test_gradients_are_those_of_finite_differences(activation: str, normalize: str, dropout: float) -> None:
     case = variant(
         lengths=[0, 3, 1, 5],
         dim=4,
@@ -68,6 +71,7 @@ def test_gradients_are_those_of_finite_differences(activation: str, normalize: s
         hidden=(5, 4),
         slack=0,
         activation=activation,
+        dropout=dropout,
         normalize=normalize,
         return_scores=True,
         dtype=torch.float64,
@@ -77,18 +81,14 @@ def test_gradients_are_those_of_finite_differences(activation: str, normalize: s
 
     def function(*values: Tensor) -> tuple[Tensor, Tensor]:
         given = dict(zip(names, values, strict=True))
-
-        def group(name: str) -> list[Tensor]:
-            return [t for key, t in given.items() if key.startswith(name + " ")]
-
         return functional.activation_unit(
             given["query"],
             given["keys"],
             case.offsets(),
-            group("weight"),
-            group("bias"),
+            group(given, "weight"),
+            group(given, "bias"),
             values=given["values"],
-            activation_params=group("slope") or None,
+            activation_params=activation_params(case, given),
             **case.options(),
         )
 

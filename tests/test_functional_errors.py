@@ -43,13 +43,6 @@ def x(*shape: int, dtype: torch.dtype = torch.float32, device: str = "cpu") -> t
 F64 = torch.float64
 # what is changed, what is raised, what it says
 BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
-    # not built yet
-    (
-        {"activation": "dice"},
-        NotImplementedError,
-        "activation: 'dice' is not built yet; there are sigmoid, relu, leaky_relu, prelu, silu, gelu, tanh,"
-        " identity",
-    ),
     # query
     ({"query": [[1.0] * D] * B}, TypeError, "query: expected a tensor, got list"),
     ({"query": x(B, 1, D)}, ValueError, "query: expected shape [2, 3], got [2, 1, 3]"),
@@ -125,6 +118,36 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"biases[0]": x(H1 + 1)}, ValueError, "biases[0]: expected shape [4], got [5]"),
     ({"biases[2]": x(1, 1)}, ValueError, "biases[2]: expected shape [1], got [1, 1]"),
     ({"biases[1]": None}, TypeError, "biases[1]: expected a tensor, got NoneType"),
+    # dice and dropout
+    (
+        {"activation": "dice"},
+        ValueError,
+        "activation_params: expected 2 (alpha, scale, shift) for dice, one per hidden layer, got None",
+    ),
+    (
+        {"activation": "dice", "activation_params": [x(H1), x(H2)]},
+        ValueError,
+        "activation_params[0]: expected (alpha, scale, shift), got Tensor",
+    ),
+    (
+        {"activation": "dice", "activation_params": [[x(H1)] * 3, [x(H2)] * 2]},
+        ValueError,
+        "activation_params[1]: expected (alpha, scale, shift), got 2",
+    ),
+    (
+        {"activation": "dice", "activation_params": [[x(H1)] * 3, [x(H2), x(H1), x(1)]]},
+        ValueError,
+        "activation_params[1][1]: expected shape [2], got [4]",
+    ),
+    ({"dropout": 1.0}, ValueError, "dropout: expected a probability below 1, got 1.0"),
+    ({"dropout": "0.1"}, ValueError, "dropout: expected a probability below 1, got '0.1'"),
+    ({"dropout": 0.1, "seed": 7}, TypeError, "seed: expected a tensor, got int"),
+    ({"dropout": 0.1, "seed": x(1)}, TypeError, "seed: expected torch.int64, got torch.float32"),
+    (
+        {"dropout": 0.1, "seed": torch.tensor([1, 2])},
+        ValueError,
+        "seed: expected one element, got [2]",
+    ),
     # options
     ({"features": "q"}, ValueError, "features: expected distinct names out of q, k, q-k, q*k, got 'q'"),
     ({"features": []}, ValueError, "features: expected distinct names out of q, k, q-k, q*k, got []"),
@@ -135,7 +158,7 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
         {"activation": "swish"},
         ValueError,
         "activation: expected one of sigmoid, relu, leaky_relu, prelu, silu, gelu, tanh, identity,"
-        " got 'swish'",
+        " dice, got 'swish'",
     ),
     ({"normalize": "sum"}, ValueError, "normalize: expected one of softmax, none, exp, sigmoid, got 'sum'"),
     # activation_params

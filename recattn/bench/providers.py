@@ -19,7 +19,7 @@ from recattn import functional
 from recattn.bench.cases import Case, Inputs
 from recattn.jagged import Jagged
 from recattn.reference import activation_unit_padded
-from recattn.reference.activation_unit import scores
+from recattn.reference.activation_unit import hidden_activation, mlp
 
 
 class Prepared(NamedTuple):
@@ -97,9 +97,8 @@ def eager_jagged(case: Case, inputs: Inputs) -> Prepared:
 
     def forward() -> Tensor:
         sequence = history.segment_ids()
-        a = scores(
-            query[sequence], keys.unsqueeze(1), weights, biases, functional.FEATURES, case.activation, None
-        ).squeeze(1)
+        act = hidden_activation(case.activation, None)
+        a = mlp(query[sequence], keys.unsqueeze(1), weights, biases, functional.FEATURES, act).flatten()
         if case.normalize == "softmax":
             top = a.new_full(query.shape[:1], -torch.inf).scatter_reduce(0, sequence, a.detach(), "amax")
             a = (a - top[sequence]).exp()

@@ -38,9 +38,11 @@ def expect_tensor(name: str, tensor: Any) -> None:
         raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
 
 
-def check_tensor(name: str, tensor: Tensor, shape: tuple[int | str, ...], like: Tensor) -> None:
+def check_tensor(
+    name: str, tensor: Tensor, shape: tuple[int | str, ...], like: Tensor, or_float32: bool = False
+) -> None:
     """Raises unless `tensor` has this shape, where a string names a size that is free, and the dtype and device
-    of `like`."""
+    of `like`. With `or_float32` it may be of float32 where `like` is narrower."""
     expect_tensor(name, tensor)
     fits = tensor.dim() == len(shape) and all(
         isinstance(want, str) or want == got for want, got in zip(shape, tensor.shape, strict=False)
@@ -48,7 +50,9 @@ def check_tensor(name: str, tensor: Tensor, shape: tuple[int | str, ...], like: 
     if not fits:
         wanted = ", ".join(map(str, shape))
         raise ValueError(f"{name}: expected shape [{wanted}], got {list(tensor.shape)}")
-    if tensor.dtype != like.dtype:
+    if or_float32 and tensor.dtype == torch.float32 == torch.promote_types(like.dtype, torch.float32):
+        pass
+    elif tensor.dtype != like.dtype:
         raise TypeError(f"{name}: expected {like.dtype}, as the keys, got {tensor.dtype}")
     if tensor.device != like.device:
         raise ValueError(f"{name}: expected device {like.device}, as the keys, got {tensor.device}")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,9 +11,13 @@ from torch import Tensor, nn
 
 from recattn import functional
 from recattn.jagged import Jagged
+from recattn.nn.batch_norm import Dice, Moments, UnitNorm
 from recattn.nn.histories import Histories
 from recattn.nn.twin import Twin
+from recattn.ops.dropout import Dropout
 from recattn.reference import activation_unit_padded
+from recattn.reference.activation_unit import Activation, activate, drop, rows_of
+from recattn.reference.activation_unit_statistics import moments as moments_of
 
 
 class ActivationUnit(Twin):
@@ -24,14 +29,18 @@ class ActivationUnit(Twin):
     Args:
         dim: D, the width of query and keys.
         hidden: the widths of the hidden layers.
-        activation: see `recattn.functional.activation_unit`; prelu learns one slope per unit.
+        activation: see `recattn.functional.activation_unit`; prelu learns one slope per unit, dice one alpha.
         normalize: `"softmax"` over the history, or `"none"`.
         scale: multiplies the score before it is normalised.
         features: which of `"q"`, `"k"`, `"q-k"`, `"q*k"` the MLP sees, in this order.
         negative_slope: of leaky_relu.
+        batch_norm: whether hidden layers are batch-normalised before the activation; or options of `nn.BatchNorm1d`.
+        dropout: the probability that training drops a hidden unit, after the activation.
+        dice: options of the `nn.BatchNorm1d` inside Dice; by default `{"eps": 1e-8, "affine": False}`.
         device, dtype: of the parameters.
 
-    Parameters are those of `layers`, a list of `nn.Linear`, and for prelu of `slopes`.
+    Parameters are those of `layers`, a list of `nn.Linear`; for prelu of `slopes`; and of `norms` and `gates`, for
+    batch norm and Dice one per hidden layer. Their statistics are of the items that count, without padding.
 
     Source: Zhou et al., "Deep Interest Network for Click-Through Rate Prediction", KDD 2018.
     """
@@ -46,6 +55,9 @@ class ActivationUnit(Twin):
         scale: float = 1.0,
         features: Sequence[str] = functional.FEATURES,
         negative_slope: float = 0.01,
+        batch_norm: bool | Mapping[str, Any] = False,
+        dropout: float = 0.0,
+        dice: Mapping[str, Any] | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -54,6 +66,10 @@ class ActivationUnit(Twin):
             raise ValueError(f"dim, hidden: expected positive widths, got {dim} and {tuple(hidden)}")
         functional.check_choice("activation", activation, functional.ACTIVATIONS)
         functional.check_choice("normalize", normalize, functional.NORMALIZATIONS)
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout: expected a probability below 1, got {dropout}")
+        if dice is not None and activation != "dice":
+            raise ValueError(f"dice: expected None, since the activation is {activation}, got {dice}")
         sizes = [len(features) * dim, *hidden, 1]
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.layers = nn.ModuleList(
@@ -62,6 +78,13 @@ class ActivationUnit(Twin):
         self.slopes = nn.ParameterList(
             nn.Parameter(torch.full((size,), 0.25, **factory)) for size in hidden if activation == "prelu"
         )
+        options = batch_norm if isinstance(batch_norm, Mapping) else {}
+        normed = hidden if batch_norm is not False else ()
+        self.norms = nn.ModuleList(UnitNorm(size, **options, **factory) for size in normed)
+        self.gates = nn.ModuleList(
+            Dice(size, **(dice or {}), **factory) for size in hidden if activation == "dice"
+        )
+        self.dropout = dropout
         self.dim, self.activation, self.normalize, self.scale = dim, activation, normalize, scale
         self.features, self.negative_slope = tuple(features), negative_slope
 
@@ -105,44 +128,77 @@ class ActivationUnit(Twin):
         queries = history.offsets.numel() - 1 if query_offsets is None else "N"
         if query.dim() != 2 or query.shape[1] != self.dim or queries not in ("N", query.shape[0]):
             raise ValueError(f"query: expected shape [{queries}, {self.dim}], got {list(query.shape)}")
+        noise: dict[str, Any] = {}
+        if self.training and self.dropout:
+            seed = torch.empty(1, dtype=torch.int64, device=query.device).random_()
+            noise = {"dropout": self.dropout, "seed": seed}
         if self.implementation == "eager":
-            result = self._eager(query, history, query_offsets, return_scores)
+            result = self._eager(query, history, query_offsets, return_scores, **noise)
         else:
+            data = {
+                "query": query,
+                "keys": history.keys,
+                "offsets": history.offsets,
+                "query_offsets": query_offsets,
+                "rows": history.rows,
+                "unique_rows": history.unique_rows,
+                "sparse_grad": sparse_grad,
+                **noise,
+            }
             result = functional.activation_unit(
-                query,
-                history.keys,
-                history.offsets,
+                **data,
+                **self._network(partial(functional.activation_unit_statistics, **data)),
                 values=history.values,
-                query_offsets=query_offsets,
-                rows=history.rows,
-                unique_rows=history.unique_rows,
-                sparse_grad=sparse_grad,
+                normalize=self.normalize,
+                scale=self.scale,
                 return_scores=return_scores,
-                **self._arguments(),
             )
         if not return_scores:
             return result
         out, attention = result
         return out, history.in_layout_of(keys, attention)
 
-    def _arguments(self) -> dict[str, Any]:
-        slope: Any = None
-        if self.activation == "prelu":
-            slope = list(self.slopes)
-        elif self.activation == "leaky_relu":
-            slope = self.negative_slope
-        return {
-            "weights": [layer.weight for layer in self.layers],
-            "biases": [layer.bias for layer in self.layers],
-            "features": self.features,
-            "activation": self.activation,
-            "activation_params": slope,
-            "normalize": self.normalize,
-            "scale": self.scale,
-        }
+    def _network(self, statistics: Callable[..., tuple[Tensor, Tensor, Tensor]]) -> dict[str, Any]:
+        """The MLP as `recattn.functional` takes it, batch norm within its weights. The `statistics` of a hidden
+        layer are those of a network that ends there."""
+        weights: list[Tensor] = []
+        biases: list[Tensor] = []
+        params: list[Any] = []
+
+        def network() -> dict[str, Any]:
+            return {
+                "weights": weights,
+                "biases": biases,
+                "features": self.features,
+                "activation": self.activation,
+                "activation_params": {
+                    "prelu": params,
+                    "dice": params,
+                    "leaky_relu": self.negative_slope,
+                }.get(self.activation),
+            }
+
+        linears: list[Any] = list(self.layers)
+        for layer, linear in enumerate(linears):
+            weights.append(linear.weight)
+            biases.append(linear.bias)
+            if linear is not linears[-1]:
+                moments = Moments(*statistics(**network())) if self._needs_moments(layer) else None
+                for norm in self._norms_of(layer):
+                    scale, shift = norm.scale_and_shift(moments)
+                    weights[-1], biases[-1] = weights[-1] * scale.unsqueeze(1), biases[-1] * scale + shift
+                    moments = None if moments is None else moments.after(scale, shift)
+                params += self._params(layer, moments)
+        return network()
 
     def _eager(
-        self, query: Tensor, history: Histories, query_offsets: Tensor | None, return_scores: bool
+        self,
+        query: Tensor,
+        history: Histories,
+        query_offsets: Tensor | None,
+        return_scores: bool,
+        dropout: float = 0.0,
+        seed: Tensor | None = None,
     ) -> Any:
         items, values = history.packed()
         keys = items.to_padded()
@@ -156,8 +212,19 @@ class ActivationUnit(Twin):
             owner = owner.clamp_max(items.batch_size - 1)
             keys = keys[owner]
             padded_values = None if padded_values is None else padded_values[owner]
+        linears: list[Any] = list(self.layers)
         out, attention = activation_unit_padded(
-            query, keys, mask, values=padded_values, return_scores=True, **self._arguments()
+            query,
+            keys,
+            mask,
+            weights=[layer.weight for layer in linears],
+            biases=[layer.bias for layer in linears],
+            values=padded_values,
+            features=self.features,
+            act=self._eager_activation(mask, Dropout.of(dropout, seed)),
+            normalize=self.normalize,
+            scale=self.scale,
+            return_scores=True,
         )
         if not return_scores:
             return out
@@ -166,6 +233,34 @@ class ActivationUnit(Twin):
         padded_row = sequence * keys.shape[1] + position - items.offsets[sequence]
         flat = torch.nn.functional.pad(attention.reshape(-1), (0, 1))  # the last for slack rows
         return out, flat[torch.where(sequence < items.batch_size, padded_row, flat.numel() - 1)]
+
+    def _eager_activation(self, mask: Tensor, dropout: Dropout | None) -> Activation:
+        rows = None if dropout is None else rows_of(mask)
+
+        def act(layer: int, z: Tensor) -> Tensor:
+            moments = Moments(*moments_of(z[mask])) if self._needs_moments(layer) else None
+            for norm in self._norms_of(layer):
+                scale, shift = norm.scale_and_shift(moments)
+                z = (scale * z + shift).to(z.dtype)
+                moments = None if moments is None else moments.after(scale, shift)
+            (params,) = self._params(layer, moments) or [self.negative_slope]
+            return drop(activate(z, self.activation, params).to(z.dtype), layer, dropout, rows)
+
+        return act
+
+    def _needs_moments(self, layer: int) -> bool:
+        """Whether anything normalises by the batch itself."""
+        gates: list[Any] = list(self.gates[layer : layer + 1])
+        return any(norm.needs_moments for norm in [*self._norms_of(layer), *(gate.bn for gate in gates)])
+
+    def _norms_of(self, layer: int) -> list[Any]:
+        """The batch norm before a hidden layer's activation, if there is one."""
+        return list(self.norms[layer : layer + 1])
+
+    def _params(self, layer: int, moments: Moments | None) -> list[Any]:
+        """The parameters of a hidden layer's activation as one element, if it has any."""
+        gates: list[Any] = list(self.gates[layer : layer + 1])
+        return [*self.slopes[layer : layer + 1], *(gate.params(moments) for gate in gates)]
 
     def extra_repr(self) -> str:
         return f"dim={self.dim}, activation={self.activation!r}, normalize={self.normalize!r}, scale={self.scale}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -11,19 +12,20 @@ from torch import Tensor
 
 from recattn.composite import activation_unit as composite
 from recattn.ops.candidates import Candidates
+from recattn.ops.dropout import Dropout
 from recattn.ops.fold import FEATURES, fold, unfold
 from recattn.ops.library import LIBRARY, choose, without_autocast
 from recattn.ops.rows import table_gradient
 
 __all__ = ["ACTIVATIONS", "FEATURES", "NORMALIZATIONS", "backward_op", "forward_op"]
 
-ACTIVATIONS = ("sigmoid", "relu", "leaky_relu", "prelu", "silu", "gelu", "tanh", "identity")
+ACTIVATIONS = ("sigmoid", "relu", "leaky_relu", "prelu", "silu", "gelu", "tanh", "identity", "dice")
 NORMALIZATIONS = ("softmax", "none", "exp", "sigmoid")
 
 _ARGUMENTS = (
-    "Tensor query, Tensor keys, Tensor offsets, Tensor? values, Tensor? query_offsets, Tensor? rows, Tensor[] weights,"
-    " Tensor[] biases, Tensor[] slopes, bool unique_rows, bool sparse_grad, str[] features, str activation,"
-    " float negative_slope, str normalize, float scale"
+    "Tensor query, Tensor keys, Tensor offsets, Tensor? values, Tensor? query_offsets, Tensor? rows, Tensor? seed,"
+    " Tensor[] weights, Tensor[] biases, Tensor[] params, bool unique_rows, bool sparse_grad, str[] features,"
+    " str activation, float negative_slope, float dropout, str normalize, float scale"
 )
 LIBRARY.define(
     f"activation_unit({_ARGUMENTS}, bool return_scores, str backend) "
@@ -37,32 +39,35 @@ forward_op = torch.ops.recattn.activation_unit.default
 backward_op = torch.ops.recattn.activation_unit_backward.default
 
 
-def _unit(
+def unit_of(
     query: Tensor,
     keys: Tensor,
     offsets: Tensor,
     values: Tensor | None,
     query_offsets: Tensor | None,
     rows: Tensor | None,
+    seed: Tensor | None,
     weights: Sequence[Tensor],
     biases: Sequence[Tensor],
-    slopes: Sequence[Tensor],
+    params: Sequence[Tensor],
     unique_rows: bool,
     _sparse_grad: bool,
     features: Sequence[str],
     activation: str,
     negative_slope: float,
-    normalize: str,
-    scale: float,
+    dropout: float,
+    normalize: str = "none",
+    scale: float = 1.0,
 ) -> composite.Unit:
     """The call with its first layer folded, in fp32 at least."""
     dtype = torch.promote_types(keys.dtype, torch.float32)
-    weights, biases, slopes = (
-        [t.to(dtype).contiguous() for t in group] for group in (weights, biases, slopes)
+    weights, biases, params = (
+        [t.to(dtype).contiguous() for t in group] for group in (weights, biases, params)
     )
     candidates = None
     if query_offsets is not None:
         candidates, offsets = Candidates.of(query_offsets, offsets, query.shape[0])
+    each = len(params) // max(len(weights) - 1, 1)  # params of a hidden layer
     return composite.Unit(
         query=query,
         keys=keys,
@@ -74,8 +79,13 @@ def _unit(
         first=fold(weights[0], biases[0], query.to(dtype), features),
         weights=weights[1:],
         biases=biases[1:],
-        slopes=slopes or [negative_slope] * (len(weights) - 1),
+        params=[
+            tuple(params[layer * each : (layer + 1) * each])
+            or (negative_slope,) * (activation == "leaky_relu")
+            for layer in range(len(weights) - 1)
+        ],
         activation=activation,
+        dropout=Dropout.of(dropout, seed),
         normalize=normalize,
         scale=scale,
     )
@@ -83,7 +93,7 @@ def _unit(
 
 def _forward(*arguments: Any, on_gpu: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     *call, return_scores, backend = arguments
-    unit = _unit(*call)
+    unit = unit_of(*call)
 
     def triton() -> tuple[Tensor, Tensor, Tensor]:
         from recattn.kernels.activation_unit import forward
@@ -110,7 +120,7 @@ def _backward(
     on_gpu: bool,
 ) -> list[Tensor]:
     *call, backend = arguments
-    unit = _unit(*call)
+    unit = unit_of(*call)
     delta = None
     if unit.normalize == "softmax":  # Σ_t a_t dL/da_t, where Σ_t a_t v_t is out
         delta = torch.linalg.vecdot(grad_out.to(unit.dtype), exact_out)
@@ -123,7 +133,7 @@ def _backward(
 
         return backward(unit, grad_out, grad_scores, delta, lse)
 
-    query, keys, values, key, product, bias, weights, biases, slopes = choose(
+    query, keys, values, key, product, bias, weights, biases, params = choose(
         backend,
         on_gpu,
         partial(_uncovered, unit),
@@ -132,12 +142,33 @@ def _backward(
     )
     if unit.normalize == "softmax":  # which the last bias shifts and does not change
         biases[-1] = torch.zeros_like(biases[-1])
+    gradients = unfolded(unit, call[12], query, key, product, bias, weights, biases, params)
+    return in_dtypes([gradients[0], keys, *([] if values is None else [values]), *gradients[1:]], call)
+
+
+def unfolded(
+    unit: composite.Unit,
+    features: Sequence[str],
+    query: Tensor,
+    key: Tensor,
+    product: Tensor,
+    bias: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    params: Sequence[Tensor],
+) -> list[Tensor]:
+    """Gradients of the query, all weights, all biases and the params, from those of the folded call."""
     weight, first_bias, through_bias = unfold(
-        key, product, bias, unit.first, unit.query.to(unit.dtype), call[11]
+        key, product, bias, unit.first, unit.query.to(unit.dtype), features
     )
-    gradients = [query + through_bias, keys, *([] if values is None else [values])]
-    gradients += [weight, *weights, first_bias, *biases, *slopes]
-    return [gradient.to(unit.keys.dtype) for gradient in gradients]
+    return [query + through_bias, weight, *weights, first_bias, *biases, *params]
+
+
+def in_dtypes(gradients: Sequence[Tensor], call: Sequence[Any]) -> list[Tensor]:
+    """Of the query, the keys, the values if there are such, weights, biases and params: each in its tensor's."""
+    query, keys, _, values, *_ = call
+    tensors = [query, keys, *([] if values is None else [values]), *chain(*call[7:10])]
+    return [gradient.to(tensor.dtype) for gradient, tensor in zip(gradients, tensors, strict=True)]
 
 
 def _uncovered(unit: composite.Unit) -> str | None:
@@ -146,7 +177,7 @@ def _uncovered(unit: composite.Unit) -> str | None:
     return uncovered(unit)
 
 
-def _implementation(run: Callable[..., Any], device_type: str) -> Callable[..., Any]:
+def implementation_of(run: Callable[..., Any], device_type: str) -> Callable[..., Any]:
     def implementation(*arguments: Any) -> Any:
         with without_autocast(device_type):
             return run(*arguments, on_gpu=device_type == "cuda")
@@ -155,8 +186,8 @@ def _implementation(run: Callable[..., Any], device_type: str) -> Callable[..., 
 
 
 for _key in ("CPU", "CUDA"):
-    LIBRARY.impl("activation_unit", _implementation(_forward, _key.lower()), _key)
-    LIBRARY.impl("activation_unit_backward", _implementation(_backward, _key.lower()), _key)
+    LIBRARY.impl("activation_unit", implementation_of(_forward, _key.lower()), _key)
+    LIBRARY.impl("activation_unit_backward", implementation_of(_backward, _key.lower()), _key)
 
 
 @torch.library.register_fake("recattn::activation_unit", lib=LIBRARY)
@@ -173,11 +204,26 @@ def _fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 @torch.library.register_fake("recattn::activation_unit_backward", lib=LIBRARY)
 def _fake_backward(*arguments: Any) -> list[Tensor]:
-    query, keys, _, values, query_offsets, rows, weights, biases, slopes, unique_rows = arguments[5:15]
+    return fake_gradients(*arguments[5:16])
+
+
+def fake_gradients(
+    query: Tensor,
+    keys: Tensor,
+    _offsets: Tensor,
+    values: Tensor | None,
+    query_offsets: Tensor | None,
+    rows: Tensor | None,
+    _seed: Tensor | None,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    params: Sequence[Tensor],
+    unique_rows: bool,
+) -> list[Tensor]:
     read = [keys, *([] if values is None else [values])]
     if rows is not None and not (unique_rows and query_offsets is None):
         read = [tensor.new_empty(rows.numel(), tensor.shape[1]) for tensor in read]
-    return [tensor.new_empty(tensor.shape) for tensor in (query, *read, *weights, *biases, *slopes)]
+    return [tensor.new_empty(tensor.shape) for tensor in (query, *read, *weights, *biases, *params)]
 
 
 class _Autograd(torch.autograd.Function):
@@ -186,9 +232,9 @@ class _Autograd(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, layers: int, options: tuple[Any, ...], *tensors: Any) -> tuple[Tensor, ...]:
-        data, groups = tensors[:6], tensors[6:]
+        data, groups = tensors[:7], tensors[7:]
         with torch._C._AutoDispatchBelowAutograd():
-            out, scores, lse, exact_out = forward_op(*data, *_grouped(groups, layers), *options)
+            out, scores, lse, exact_out = forward_op(*data, *grouped(groups, layers), *options)
         ctx.save_for_backward(out if exact_out.dtype == out.dtype else exact_out, scores, lse, *tensors)
         ctx.layers, ctx.options = layers, options
         ctx.set_materialize_grads(False)
@@ -198,10 +244,9 @@ class _Autograd(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor | None, grad_scores: Tensor | None, *_: Any) -> tuple[Any, ...]:
         exact_out, scores, lse, *tensors = ctx.saved_tensors
-        data, groups = tensors[:6], tensors[6:]
+        data, groups = tensors[:7], tensors[7:]
         *options, return_scores, backend = ctx.options
-        unique_rows, sparse_grad = options[:2]
-        _, keys, offsets, values, query_offsets, rows = data
+        _, keys, _, values, *_ = data
         if grad_out is None:
             grad_out = torch.zeros_like(exact_out, dtype=keys.dtype)
         grad_query, *gradients = backward_op(
@@ -211,34 +256,41 @@ class _Autograd(torch.autograd.Function):
             scores,
             lse,
             *data,
-            *_grouped(groups, ctx.layers),
+            *grouped(groups, ctx.layers),
             *options,
             backend,
         )
-        read = [gradients.pop(0) for tensor in (keys, values) if tensor is not None]
-        if rows is not None and not (unique_rows and query_offsets is None):
-            read = [table_gradient(g, rows, offsets[-1], keys.shape[0], sparse_grad) for g in read]
+        read = [of_table(gradients.pop(0), data, options) for tensor in (keys, values) if tensor is not None]
         grad_keys, grad_values = read if values is not None else (read[0], None)
-        return None, None, grad_query, grad_keys, None, grad_values, None, None, *gradients
+        return None, None, grad_query, grad_keys, None, grad_values, None, None, None, *gradients
 
 
-def _grouped(
+def of_table(gradient: Tensor, data: Sequence[Tensor], options: Sequence[Any]) -> Tensor:
+    """The gradient of keys or values from that of the rows that were read, where they are different."""
+    _, keys, offsets, _, query_offsets, rows, *_ = data
+    unique_rows, sparse_grad, *_ = options
+    if rows is None or (unique_rows and query_offsets is None):
+        return gradient
+    return table_gradient(gradient, rows, offsets[-1], keys.shape[0], sparse_grad)
+
+
+def grouped(
     tensors: Sequence[Tensor], layers: int
 ) -> tuple[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor]]:
-    """Weights, biases and slopes."""
+    """Weights, biases and params."""
     return tensors[:layers], tensors[layers : 2 * layers], tensors[2 * layers :]
 
 
 def _with_autograd(*arguments: Any) -> tuple[Tensor, ...]:
-    *data, weights, biases, slopes = arguments[:9]
-    return _Autograd.apply(len(weights), arguments[9:], *data, *weights, *biases, *slopes)
+    *data, weights, biases, params = arguments[:10]
+    return _Autograd.apply(len(weights), arguments[10:], *data, *weights, *biases, *params)
 
 
-def _no_second_derivative(*_: Any) -> Any:
+def no_second_derivative(*_: Any) -> Any:
     raise NotImplementedError(
         "activation_unit: a second derivative was asked for, and only the first is built"
     )
 
 
 LIBRARY.impl("activation_unit", _with_autograd, "Autograd")
-torch.library.register_autograd("recattn::activation_unit_backward", _no_second_derivative, lib=LIBRARY)
+torch.library.register_autograd("recattn::activation_unit_backward", no_second_derivative, lib=LIBRARY)
