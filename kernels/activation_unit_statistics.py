@@ -5,6 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 
-def uncovered(unit: Any) -> str | None:
+def uncovered(_unit: Any) -> str | None:
     """Why no kernel here takes this call, or None if one does."""
     return "no kernel takes the statistics of hidden layers"
