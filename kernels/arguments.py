@@ -72,6 +72,7 @@ class Spec:
     stages: int
     split: bool = False  # products of float32 as sums of products of parts, forward only
     warps: int = 1  # that share a tile
+    scored: bool = False  # forward reads the scores instead of computing them
 
     @property
     def softmax(self) -> bool:

@@ -21,7 +21,8 @@ class Launch(NamedTuple):
     programs_per_sm: int
 
 
-WIDEST = 128  # of keys, values and hidden layers
+WIDEST = 128  # of keys, values and hidden layers, but for the wide kernels
+WIDEST_DIM, WIDEST_HIDDEN = 256, 512  # of these
 
 # By the width of keys and values, and by precision: "split" is fp32 at its full accuracy by tf32 and bfloat16 parts,
 # "ieee" by plain FMAs. Slabs of keys wider than 128 bytes make the compiler keep an address for each of their rows.
@@ -36,6 +37,12 @@ FORWARD = {
     ("broad", "ieee"): Launch(16, 2, 1, 16, (32, 8), 64, 256, 4),
 }
 NARROW = 64
+
+# Of the wide kernels `slab` is of the first layer, `last_slab` of all others.
+WIDE_SCORES = {
+    "half": Launch(64, 4, 2, 32, (256, 16), 128, 0, 0),
+    "tf32": Launch(64, 4, 2, 32, (256, 16), 64, 0, 0),
+}
 
 # "split" is "ieee" where products of float32 are made of several narrower ones.
 BACKWARD_TOKENS = {
@@ -67,6 +74,11 @@ def forward(precision: str, width: int, hidden: Sequence[int], device: torch.dev
     if precision == "ieee" and torch.version.hip is None and _fits(split, width, hidden, device):
         return split, True
     return FORWARD[size, precision], False
+
+
+def is_wide(dim: int, hidden: Sequence[int]) -> bool:
+    """Whether keys, values or layers are wider than a program can keep the weights of."""
+    return max(dim, *hidden) > WIDEST
 
 
 def _fits(launch: Launch, width: int, hidden: Sequence[int], device: torch.device) -> bool:
