@@ -9,7 +9,6 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -18,12 +17,13 @@ from . import settings
 from .activation_unit import histories, specialize
 from .activation_unit_keys import keys_backward, keys_kernel, zero_gradients
 from .activation_unit_weights import weights_kernel
+from .activation_unit_wide_backward import wide_backward
 from .arguments import Histories, Network, Spec, Upstream, get, widest, width
 from .attend_backward import attend_backward, load_sequence
 from .histories import load_tile, part_at, position_of, share_of, store_tile
 from .mlp import load_network, run_layers, score
 from .mlp_backward import first_dz, load_back, run_layers_backward, with_fresh_vectors
-from .normal_form import NormalForm, backward_weights, gradients, normal_form
+from .normal_form import NormalForm, WeightSums, backward_weights, gradients, normal_form
 from .primitives import columns, load_matrix, slab_count
 from .schedule import find_sequence, merge, slot_of
 from .sums import add_matrix, column_sum, in_dtype, outer_sum, store_column, zero_matrix
@@ -158,33 +158,24 @@ def _shared_keys(
         merge(part, None, tiles.offsets, grad, upstream.lse, programs, least, (tiles.begin, tiles.end))
 
 
-def backward(
-    unit: Any, grad_out: Tensor, grad_scores: Tensor | None, delta: Tensor | None, lse: Tensor
-) -> tuple[Any, ...]:
-    """As `recattn.composite.activation_unit.backward`."""
-    net = normal_form(unit)
-    data = histories(unit)
-    dim, value_dim = data.key.shape[1], data.value.shape[1]
-    zeros = net.network.first_bias.new_zeros  # float32
-    count = data.key.shape[0] if unit.unique_rows else unit.positions
-    grad_key = data.key.new_zeros(count, dim)
-    separate = unit.values is not unit.keys
-    grad_value = data.value.new_zeros(count, value_dim) if separate else None
-    grad_first = zeros(data.batch, dim + net.hidden[0])
-    upstream = Upstream(
-        grad_out.contiguous(),
-        lse if grad_scores is None else grad_scores.contiguous(),
-        lse if delta is None else delta,
-        lse,
-        backward_weights(unit, net),
-        net.network.product.t().contiguous(),
-    )
+def _backward(
+    unit: Any,
+    data: Histories,
+    net: NormalForm,
+    upstream: Upstream,
+    grad_key: Tensor,
+    grad_value: Tensor | None,
+    grad_first: Tensor,
+    with_scores: bool,
+) -> WeightSums:
+    """Where programs can keep all weights. Writes the gradients of keys, values, and of queries and c."""
+    dim, lse = unit.keys.shape[1], upstream.lse
+    zeros = lse.new_zeros  # float32
     split = net.precision == "ieee" and settings.can_split(dim, net.hidden, data.key.device)
     row = "split" if split else net.precision
     tokens, weights = settings.BACKWARD_TOKENS[row], settings.BACKWARD_WEIGHTS[row]
     token_programs = settings.programs(tokens, unit.most_rows, data.key.device)
     weight_programs = settings.programs(weights, unit.most_rows, data.key.device)
-    with_scores = grad_scores is not None
 
     by_program = {
         "key": zeros(token_programs, *net.network.key.t().shape),
@@ -197,9 +188,7 @@ def backward(
     grad_last_bias = zeros(weight_programs, 1)
     if data.batch and unit.positions:
         spec = _spec(unit, data, net, tokens, with_scores, settings.SPLIT_TOKENS if split else None)
-        part = torch.empty_like(grad_first, memory_format=torch.contiguous_format).new_empty(
-            2 * token_programs, grad_first.shape[1]
-        )
+        part = grad_first.new_empty(2 * token_programs, grad_first.shape[1])
         tokens_kernel[(token_programs,)](
             data,
             net.network,
@@ -228,25 +217,74 @@ def backward(
             SPEC=_spec(unit, data, net, weights, with_scores, settings.SPLIT_WEIGHTS if split else None),
             num_warps=weights.num_warps,
         )
-    weight_sums = [w.sum(0).t() for w in grad_weights]
-    bias_sums = [b.sum(0) for b in grad_biases]
-    slope_sums = [g.sum(0) for g in grad_slopes]
-    if weight_sums:  # their sums are of e, see mlp_backward
-        weight_sums[-1] = weight_sums[-1] * net.network.last_weight[:, None]
-        bias_sums[-1] = bias_sums[-1] * net.network.last_weight
-    if slope_sums:
-        slope_sums[-1] = slope_sums[-1] * net.network.last_weight
-    grads = gradients(
-        net,
+    return WeightSums(
         by_program["key"].sum(0).t(),
         by_program["product"].sum(0).t(),
-        grad_first[:, dim:],
-        weight_sums,
-        bias_sums,
+        [w.sum(0).t() for w in grad_weights],
+        [b.sum(0) for b in grad_biases],
+        [g.sum(0) for g in grad_slopes],
         grad_last_weight.sum(0),
         grad_last_bias.sum(0),
     )
+
+
+def _wide_backward(
+    unit: Any,
+    data: Histories,
+    net: NormalForm,
+    upstream: Upstream,
+    grad_key: Tensor,
+    grad_value: Tensor | None,
+    grad_first: Tensor,
+    with_scores: bool,
+) -> WeightSums:
+    """Where they cannot, see activation_unit_wide_backward."""
+    spec = specialize(unit, data, net, settings.WIDE_BACKWARD[net.precision], with_scores)
+    return wide_backward(data, net, upstream, grad_key, grad_value, grad_first, unit.positions, spec)
+
+
+def backward(
+    unit: Any, grad_out: Tensor, grad_scores: Tensor | None, delta: Tensor | None, lse: Tensor
+) -> tuple[Any, ...]:
+    """As `recattn.composite.activation_unit.backward`."""
+    net = normal_form(unit)
+    data = histories(unit)
+    dim, value_dim = data.key.shape[1], data.value.shape[1]
+    zeros = net.network.first_bias.new_zeros  # float32
+    count = data.key.shape[0] if unit.unique_rows else unit.positions
+    grad_key = data.key.new_zeros(count, dim)
+    separate = unit.values is not unit.keys
+    grad_value = data.value.new_zeros(count, value_dim) if separate else None
+    grad_first = zeros(data.batch, dim + net.hidden[0])
+    upstream = Upstream(
+        grad_out.contiguous(),
+        lse if grad_scores is None else grad_scores.contiguous(),
+        lse if delta is None else delta,
+        lse,
+        backward_weights(unit, net),
+        net.network.product.t().contiguous(),
+    )
+    call = (unit, data, net, upstream, grad_key, grad_value, grad_first, grad_scores is not None)
+    wide = settings.is_wide(max(dim, value_dim), net.hidden)
+    sums = _wide_backward(*call) if wide else _backward(*call)
+    if sums.weights:  # their sums are of e, see mlp_backward
+        sums.weights[-1] = sums.weights[-1] * net.network.last_weight[:, None]
+        sums.biases[-1] = sums.biases[-1] * net.network.last_weight
+    if sums.slopes:
+        sums.slopes[-1] = sums.slopes[-1] * net.network.last_weight
+    grads = gradients(
+        net,
+        sums.key,
+        sums.product,
+        grad_first[:, dim:],
+        sums.weights,
+        sums.biases,
+        sums.last_weight,
+        sums.last_bias,
+    )
     slopes = [
-        g.sum_to_size(s.shape) for g, s in zip(slope_sums, unit.slopes, strict=False) if isinstance(s, Tensor)
+        g.sum_to_size(s.shape)
+        for g, s in zip(sums.slopes, unit.slopes, strict=False)
+        if isinstance(s, Tensor)
     ]
     return grad_first[:, :dim], grad_key, grad_value, *grads, slopes

@@ -51,6 +51,19 @@ class NormalForm(NamedTuple):
     last_factor: float
 
 
+class WeightSums(NamedTuple):
+    """Sums over all tokens for the gradients of the normal form's tensors, of the last hidden layer with e in the place
+    of dL/dz, see `mlp_backward`."""
+
+    key: Tensor
+    product: Tensor
+    weights: list[Tensor]
+    biases: list[Tensor]
+    slopes: list[Tensor]
+    last_weight: Tensor
+    last_bias: Tensor
+
+
 def normal_form(unit: Any, bounded_half: bool = False, split: bool = False) -> NormalForm:
     """Of a `recattn.composite.activation_unit.Unit`. The weights of layers behind the first are
 

@@ -44,6 +44,12 @@ WIDE_SCORES = {
     "tf32": Launch(64, 4, 2, 32, (256, 16), 64, 0, 0),
 }
 
+WIDE_BACKWARD = {
+    "half": Launch(64, 4, 2, 32, (256, 16), 128, 0, 2),
+    "tf32": Launch(64, 4, 2, 32, (256, 16), 64, 0, 1),
+}
+WIDE_HISTORIES = Launch(8, 4, 2, 256, (256, 16), 128, 256, 0)
+
 # "split" is "ieee" where products of float32 are made of several narrower ones.
 BACKWARD_TOKENS = {
     "half": Launch(32, 2, 1, 16, (16, 16), 64, 512, 4),
@@ -114,7 +120,16 @@ def can_split(dim: int, hidden: tuple[int, ...], device: torch.device) -> bool:
 
 def programs(launch: Launch, rows: int, device: torch.device) -> int:
     """How many programs share `rows` rows."""
-    multiprocessors = 1 << 10  # where there is none to fill, enough not to matter
+    return max(1, min(-(-rows // launch.least_rows), _multiprocessors(device) * launch.programs_per_sm))
+
+
+def chunk_rows(launch: Launch, light: Launch, device: torch.device) -> int:
+    """The rows of a chunk of wide backward: a tile for each program that runs at once, and no less than a multiple of
+    the rows of a program that is launched with `light`."""
+    return _round_up(_multiprocessors(device) * launch.programs_per_sm * launch.block, light.least_rows)
+
+
+def _multiprocessors(device: torch.device) -> int:
     if device.type == "cuda":
-        multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
-    return max(1, min(-(-rows // launch.least_rows), multiprocessors * launch.programs_per_sm))
+        return torch.cuda.get_device_properties(device).multi_processor_count
+    return 1 << 10  # where there is none to fill, enough not to matter
