@@ -27,7 +27,7 @@ from .pooling import pooled
 from .primitives import load_rows, load_vector, store_row, store_rows, zero_rows
 from .schedule import find_sequence, merge, slot_of
 from .wide import load_pairs, owners_of, rows_of
-from .wide_backward import attend_rows_backward, run_back, run_forward
+from .wide_backward import attend_rows_backward, attention_gradient, run_back, run_forward
 
 
 @triton.jit
@@ -43,8 +43,9 @@ def recompute_kernel(data, owners, net, upstream, chunk, sums, count, SPEC: tl.c
     pairs = load_pairs(data, owner, place, valid, SPEC)
     store_rows(chunk.pairs, pairs[0], row, 2 * D, inside, D, get(SPEC, "dim_slab"))
     store_rows(chunk.pairs + D, pairs[1], row, 2 * D, inside, D, get(SPEC, "dim_slab"))
+    grad = attention_gradient(data, upstream, owner, place, position, valid, SPEC)
     s, zs, hs = run_forward(pairs, owner, net, chunk, row, valid, inside, SPEC)
-    a, ds = attend_rows_backward(s, data, upstream, owner, place, position, valid, SPEC)
+    a, ds = attend_rows_backward(s, grad, upstream, owner, valid, SPEC)
     tl.store(chunk.attention + row, a, mask=inside)
     tile = (chunk.first + tl.program_id(0).to(tl.int64) * BLOCK) // BLOCK
     run_back(ds, zs, hs, net, upstream.back, chunk, sums, tile, row, inside, SPEC)

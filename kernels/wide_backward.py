@@ -49,6 +49,15 @@ def from_units(activation):
     return activation in ("tanh", "sigmoid", "relu", "identity")
 
 
+@triton.jit
+def needed(z, h, SPEC: tl.constexpr):
+    """What stands for z on the way back. Units do where they can, so that z leaves the registers."""
+    if from_units(get(SPEC, "activation")):
+        return h
+    else:
+        return z
+
+
 # ------------------------------------------------------------------------------------------------ the chunk
 
 
@@ -121,13 +130,13 @@ def run_forward(pairs, owner, net, chunk, row, valid, inside, SPEC: tl.constexpr
             h, z = first_units(net, pairs, owner, valid, unit, SPEC)
             keep_units(chunk, h, z, row, unit, inside, SPEC)
             sums = feed_units(sums, h, net, unit, SPEC)
-        zs = (sums,)
         hs = (activate_held(sums, held_slopes(net, 1, SPEC), SPEC),)
+        zs = (needed(sums, hs[0], SPEC),)
         if depth(SPEC) == 3:
             store_layer(chunk.units[1], hs[0], row, inside, 1, SPEC)
             third = third_layer(hs[0], net, SPEC)
-            zs = zs + (third,)
             hs = hs + (activate_held(third, held_slopes(net, 2, SPEC), SPEC),)
+            zs = zs + (needed(third, hs[1], SPEC),)
         last_weight = load_held(net.last_weight, depth(SPEC) - 1, SPEC)
         return score(hs[len(hs) - 1], (last_weight, last_bias)), zs, hs
 
@@ -136,17 +145,23 @@ def run_forward(pairs, owner, net, chunk, row, valid, inside, SPEC: tl.constexpr
 
 
 @triton.jit
-def attend_rows_backward(s, data, upstream, owner, row, position, valid, SPEC: tl.constexpr):
-    """The attention a and dL/ds, `[tokens]`, from the scores s of tokens of several histories; zero for slack."""
+def attention_gradient(data, upstream, owner, row, position, valid, SPEC: tl.constexpr):
+    """dL/da of tokens of several histories, `[tokens]`."""
     DV: tl.constexpr = get(SPEC, "value_dim")
     SLAB: tl.constexpr = get(SPEC, "dim_slab")
     v = load_rows(data.value, row, get(SPEC, "value_stride"), valid, DV, SLAB)
     grad_out = load_rows(upstream.grad_out, owner, DV, valid, DV, SLAB)
-    grad = tl.zeros(s.shape, tl.float32)
+    grad = tl.zeros([get(SPEC, "block")], tl.float32)
     for i in tl.static_range(len(v)):
         grad += tl.sum(v[i].to(tl.float32) * grad_out[i].to(tl.float32), 1)
     if get(SPEC, "with_scores"):
         grad += tl.load(upstream.grad_scores + position, mask=valid, other=0.0).to(tl.float32)
+    return grad
+
+
+@triton.jit
+def attend_rows_backward(s, grad, upstream, owner, valid, SPEC: tl.constexpr):
+    """The attention a and dL/ds from the scores s and dL/da, `[tokens]`; zero for slack."""
     if get(SPEC, "softmax"):
         log_mass = tl.load(upstream.lse + owner, mask=valid, other=0.0) * LOG2_E
         delta = tl.load(upstream.delta + owner, mask=valid, other=0.0)
@@ -176,8 +191,6 @@ def last_back(ds, z, h, net, chunk, sums, tile, row, inside, SPEC: tl.constexpr)
     """From dL/ds to e of the last layer, where that is held; stored too."""
     LAST: tl.constexpr = depth(SPEC) - 1
     H: tl.constexpr = width(LAST, SPEC)
-    e = last_units_backward(ds, z, h, held_slopes(net, LAST, SPEC), SPEC)
-    store_layer(chunk.grads[LAST], e, row, inside, LAST, SPEC)
     for_weight = ()
     for_slope = ()
     for j in tl.static_range(len(h)):
@@ -187,6 +200,8 @@ def last_back(ds, z, h, net, chunk, sums, tile, row, inside, SPEC: tl.constexpr)
     store_sums(sums.last_weight + tile * H, for_weight, LAST, SPEC)
     if get(SPEC, "activation") == "leaky_relu":
         store_sums(sums.slopes[LAST] + tile * H, for_slope, LAST, SPEC)
+    e = last_units_backward(ds, z, h, held_slopes(net, LAST, SPEC), SPEC)
+    store_layer(chunk.grads[LAST], e, row, inside, LAST, SPEC)
     return e
 
 
