@@ -13,6 +13,7 @@ from torch import Tensor
 
 from . import activation_unit_candidates, settings
 from .activation_unit_packed import packed_forward_kernel
+from .activation_unit_wide import score_all
 from .arguments import Histories, Spec, get
 from .histories import load_tile, part_at, position_of, share_of
 from .normal_form import NormalForm, normal_form
@@ -47,13 +48,15 @@ def _forward_kernel(data, batch, net, out, lse, scores, part, part_state, SPEC: 
     if begin >= end:
         return
     sequence = find_sequence(data.offsets, batch, begin)
-    layers, slopes, last = load_layers(net, SPEC)
+    if not get(SPEC, "scored"):
+        layers, slopes, last = load_layers(net, SPEC)
     token = tl.arange(0, BLOCK)
     while begin < end:
         sequence, first_row, last_row, stop = part_at(data, batch, sequence, begin, end)
         owner = sequence.to(tl.int64)
-        q = load_vector(data.query + owner * get(SPEC, "query_stride"), D, SLAB)
-        first = first_layer(net, q, owner, SPEC)
+        if not get(SPEC, "scored"):
+            q = load_vector(data.query + owner * get(SPEC, "query_stride"), D, SLAB)
+            first = first_layer(net, q, owner, SPEC)
         peak = tl.full([], float("-inf"), tl.float32)
         mass = tl.zeros([BLOCK], tl.float32)
         acc = zero_rows(pool_rows(BLOCK, EXACT), DV, SLAB)
@@ -61,9 +64,12 @@ def _forward_kernel(data, batch, net, out, lse, scores, part, part_state, SPEC: 
         for start in tl.range(begin, stop, BLOCK, num_stages=get(SPEC, "stages")):
             valid = token < (stop - start)
             k, v = load_tile(data, position, valid, SPEC)
-            s = score_tokens(k, first, layers, slopes, last, SPEC)  # [BLOCK]
+            if get(SPEC, "scored"):
+                s = tl.load(scores + position + token, mask=valid, other=0.0)
+            else:
+                s = score_tokens(k, first, layers, slopes, last, SPEC)  # [BLOCK]
             if SOFTMAX:
-                if get(SPEC, "with_scores"):
+                if get(SPEC, "with_scores") and not get(SPEC, "scored"):
                     tl.store(scores + position + token, s, mask=valid)
                 s = tl.where(valid, s, float("-inf"))
                 top = vector_max(s)
@@ -106,11 +112,29 @@ def uncovered(unit: Any) -> str | None:
         return "no kernel has dice or dropout"
     if not 1 <= len(unit.weights) <= 3:
         return f"kernels have 1 to 3 hidden layers, not {len(unit.weights)}"
-    hidden = [unit.first.bias.shape[1], *(b.shape[0] for b in unit.biases)]
-    widest = max(unit.keys.shape[1], unit.values.shape[1], *hidden)
-    if widest > settings.WIDEST:
-        return f"kernels take keys, values and hidden layers up to {settings.WIDEST} wide, not {widest}"
+    dim, hidden = max(unit.keys.shape[1], unit.values.shape[1]), hidden_widths(unit)
+    if not settings.is_wide(dim, hidden):
+        return None
+    what = None
+    if settings.precision(unit.keys.dtype) == "ieee":
+        what = "of float32 at its full accuracy"
+    elif unit.candidates is not None:
+        what = "of queries that share histories"
+    if what is not None:
+        return (
+            f"kernels {what} take keys, values and hidden layers up to {settings.WIDEST} wide, "
+            f"not {max(dim, *hidden)}"
+        )
+    if dim > settings.WIDEST_DIM or max(hidden) > settings.WIDEST_HIDDEN:
+        return (
+            f"kernels take keys and values up to {settings.WIDEST_DIM} and hidden layers up to "
+            f"{settings.WIDEST_HIDDEN} wide, not {dim} and {max(hidden)}"
+        )
     return None
+
+
+def hidden_widths(unit: Any) -> list[int]:
+    return [unit.first.bias.shape[1], *(b.shape[0] for b in unit.biases[:-1])]
 
 
 def forward(unit: Any, with_scores: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -118,33 +142,33 @@ def forward(unit: Any, with_scores: bool) -> tuple[Tensor, Tensor, Tensor]:
 
     `unit` is a `recattn.composite.activation_unit.Unit`.
     """
-    hidden = [unit.first.bias.shape[1], *(b.shape[0] for b in unit.biases[:-1])]
-    launch, split = settings.forward(
-        settings.precision(unit.keys.dtype),
-        max(unit.keys.shape[1], unit.values.shape[1]),
-        hidden,
-        unit.keys.device,
-    )
+    hidden, device = hidden_widths(unit), unit.keys.device
+    dim, precision = max(unit.keys.shape[1], unit.values.shape[1]), settings.precision(unit.keys.dtype)
+    wide = settings.is_wide(dim, hidden)
+    launch, split = settings.forward(precision, dim, hidden, device)
     net = normal_form(unit, bounded_half=True, split=split)
     data = histories(unit)
     batch, value_dim = unit.query.shape[0], data.value.shape[1]
     lse = data.key.new_full((batch,), -torch.inf, dtype=torch.float32)
     out = lse.new_zeros(batch, value_dim)
-    scores = lse.new_zeros(unit.positions if with_scores else 0)
+    scores = lse.new_zeros(unit.positions if with_scores or wide else 0)
     if batch == 0 or unit.positions == 0:
         return out, scores, lse
-    width = max(unit.keys.shape[1], value_dim)
-    if settings.share_tiles(net.precision, width, unit):
+    if settings.share_tiles(precision, dim, unit):
         launch = settings.CANDIDATES_FORWARD
         spec = specialize(unit, data, net, launch, False)
         activation_unit_candidates.forward(unit, data, net.network, out, lse, spec, launch)
         return out, scores, lse
-    packed = settings.packed_forward(net.precision, width, unit)
+    packed = settings.packed_forward(precision, dim, hidden, unit)
     launch = packed or launch
     programs = settings.programs(launch, unit.most_rows, data.key.device)
     spec = specialize(unit, data, net, launch, with_scores)
     if split:
         spec = replace(spec, precision="tf32", split=True)
+    if wide:
+        scoring = settings.WIDE_SCORES[precision]
+        score_all(data, net, specialize(unit, data, net, scoring, with_scores), scoring, scores)
+        spec = replace(spec, scored=True)
     part, part_state = lse.new_empty(2 * programs, value_dim), lse.new_empty(2 * programs, 2)
     results = (out, lse, scores, part, part_state)
     if packed is None:

@@ -9,23 +9,23 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from . import settings
-from .activation_unit import histories, specialize
+from .activation_unit import histories
 from .activation_unit_keys import keys_backward, keys_kernel, zero_gradients
-from .activation_unit_packed_backward import left_behind, packed_tokens_kernel, packed_weights_kernel
+from .activation_unit_packed_backward import packed_backward
 from .activation_unit_weights import weights_kernel
-from .arguments import Histories, Network, Spec, Upstream, get, widest, width
+from .activation_unit_wide_backward import wide_backward
+from .arguments import Spec, Upstream, get, widest, width
 from .attend_backward import attend_backward, load_sequence
+from .backward import Call, WeightSums, program_sums
 from .histories import load_tile, part_at, position_of, share_of, store_tile
 from .mlp import load_network, run_layers, score
 from .mlp_backward import first_dz, load_back, run_layers_backward, with_fresh_vectors
-from .normal_form import NormalForm, backward_weights, gradients, normal_form
-from .packed import one_hot_rows
+from .normal_form import backward_weights, gradients, normal_form
 from .primitives import columns, load_matrix, slab_count
 from .schedule import find_sequence, merge, slot_of
 from .sums import add_matrix, column_sum, in_dtype, outer_sum, store_column, zero_matrix
@@ -113,44 +113,19 @@ def tokens_kernel(
         sequence += 1
 
 
-def _spec(
-    unit: Any, data: Histories, net: NormalForm, launch: settings.Launch, with_scores: bool, split: str | None
-) -> Spec:
-    spec = specialize(unit, data, net, launch, with_scores)
-    widest_last, narrowest_last = spec.last_slab
-    # A product that reads the gradient of the last layer needs 16 columns of it.
-    if len(spec.hidden) > 2 or spec.activation == "leaky_relu":
-        narrowest_last = max(narrowest_last, 16)
-    return replace(
-        spec,
-        warps=launch.num_warps,
-        last_slab=(widest_last, narrowest_last),
-        precision=split or spec.precision,
-    )
-
-
-def _shared_keys(
-    unit: Any,
-    data: Histories,
-    network: Network,
-    upstream: Upstream,
-    grad_key: Tensor,
-    grad_value: Tensor | None,
-    spec: Spec,
-    launch: settings.Launch,
-) -> None:
-    """The gradients of keys and values that several queries share, into `grad_key` and `grad_value`."""
+def _shared_keys(call: Call, spec: Spec, launch: settings.Launch) -> None:
+    """The gradients of keys and values that several queries share."""
     least = max(launch.least_rows // launch.block, 1)
-    tiles = unit.candidates.tiles(launch.block, unit.positions)
-    programs = settings.programs(launch, unit.most_rows, data.key.device)
-    grads = [grad_key] if grad_value is None else [grad_key, grad_value]
-    parts = [upstream.lse.new_empty(2 * programs, launch.block * grad.shape[1]) for grad in grads]
+    tiles = call.unit.candidates.tiles(launch.block, call.unit.positions)
+    programs, zeros = call.programs(launch), call.upstream.lse.new_zeros
+    grads = [call.grad_key] if call.grad_value is None else [call.grad_key, call.grad_value]
+    parts = [zeros(2 * programs, launch.block * grad.shape[1]) for grad in grads]
     keys_kernel[(programs,)](
-        data,
+        call.data,
         tiles,
         tiles.begin.numel(),
-        network,
-        upstream,
+        call.net.network,
+        call.upstream,
         grads[0],
         grads[-1],
         parts[0],
@@ -159,7 +134,52 @@ def _shared_keys(
         num_warps=launch.num_warps,
     )
     for part, grad in zip(parts, grads, strict=True):
-        merge(part, None, tiles.offsets, grad, upstream.lse, programs, least, (tiles.begin, tiles.end))
+        merge(part, None, tiles.offsets, grad, call.upstream.lse, programs, least, (tiles.begin, tiles.end))
+
+
+def _streamed(call: Call) -> WeightSums:
+    """Where each sequence has tiles of its own."""
+    batch, lse = call.unit.query.shape[0], call.upstream.lse
+    split = call.net.precision == "ieee" and settings.can_split(
+        call.data.key.shape[1], call.net.hidden, lse.device
+    )
+    row = "split" if split else call.net.precision
+    tokens, weights = settings.BACKWARD_TOKENS[row], settings.BACKWARD_WEIGHTS[row]
+    first, later = call.programs(tokens), call.programs(weights)
+    spec = call.spec(tokens, settings.SPLIT_TOKENS if split else None)
+    part = lse.new_empty(2 * first, call.grad_first.shape[1])
+    sums = program_sums(call, first, later, later)
+    tokens_kernel[(first,)](
+        call.data,
+        batch,
+        call.net.network,
+        call.upstream,
+        call.grad_key,
+        call.grad_key if call.grad_value is None else call.grad_value,
+        call.grad_first,
+        part,
+        sums["key"],
+        sums["product"],
+        SPEC=spec,
+        num_warps=tokens.num_warps,
+    )
+    merge(part, None, call.data.offsets, call.grad_first, lse, first, tokens.least_rows)
+    if spec.shared:
+        _shared_keys(call, spec, tokens)
+    weights_kernel[(later,)](
+        call.data,
+        batch,
+        call.net.network,
+        call.upstream,
+        sums["weights"],
+        sums["biases"],
+        sums["slopes"],
+        sums["last_weight"],
+        sums["last_bias"],
+        SPEC=call.spec(weights, settings.SPLIT_WEIGHTS if split else None),
+        num_warps=weights.num_warps,
+    )
+    return WeightSums.of_programs(**sums)
 
 
 def backward(
@@ -167,14 +187,9 @@ def backward(
 ) -> tuple[Any, ...]:
     """As `recattn.composite.activation_unit.backward`."""
     net = normal_form(unit)
-    data, batch = histories(unit), unit.query.shape[0]
+    data = histories(unit)
     dim, value_dim = data.key.shape[1], data.value.shape[1]
-    zeros = net.network.first_bias.new_zeros  # float32
     count = data.key.shape[0] if unit.unique_rows else unit.positions
-    grad_key = data.key.new_zeros(count, dim)
-    separate = unit.values is not unit.keys
-    grad_value = data.value.new_zeros(count, value_dim) if separate else None
-    grad_first = zeros(batch, dim + net.hidden[0])
     upstream = Upstream(
         grad_out.contiguous(),
         lse if grad_scores is None else grad_scores.contiguous(),
@@ -183,104 +198,42 @@ def backward(
         backward_weights(unit, net),
         net.network.product.t().contiguous(),
     )
-    split = net.precision == "ieee" and settings.can_split(dim, net.hidden, data.key.device)
-    row = "split" if split else net.precision
-    packed = settings.packed_backward(net.precision, max(dim, value_dim), unit)
-    tokens, weights = packed or (settings.BACKWARD_TOKENS[row], settings.BACKWARD_WEIGHTS[row])
-    token_programs = settings.programs(tokens, unit.most_rows, data.key.device)
-    weight_programs = settings.programs(weights, unit.most_rows, data.key.device)
-    with_scores = grad_scores is not None
-
-    # Of the packed kernels it is the other one that sums up the first layer, and the last.
-    first_programs, last_programs = token_programs, weight_programs
-    if packed:
-        first_programs, last_programs = last_programs, first_programs
-    grad_key_weight = zeros(first_programs, *net.network.key.t().shape)
-    grad_product_weight = torch.zeros_like(grad_key_weight)
-    grad_weights = tuple(zeros(weight_programs, *w.t().shape) for w in net.network.weights)
-    grad_biases = tuple(zeros(weight_programs, *b.shape) for b in net.network.biases)
-    grad_slopes = tuple(zeros(last_programs, *s.shape) for s in net.network.slopes)
-    grad_last_weight = zeros(last_programs, net.hidden[-1])
-    grad_last_bias = zeros(last_programs, 1)
-    if batch and unit.positions:
-        token_spec = _spec(unit, data, net, tokens, with_scores, settings.SPLIT_TOKENS if split else None)
-        weight_spec = _spec(unit, data, net, weights, with_scores, settings.SPLIT_WEIGHTS if split else None)
-        part = torch.empty_like(grad_first, memory_format=torch.contiguous_format).new_empty(
-            2 * token_programs, grad_first.shape[1]
-        )
-        by_token = (grad_key, grad_key if grad_value is None else grad_value, grad_first, part)
-        first_weights = (grad_key_weight, grad_product_weight)
-        last_layer = (grad_slopes, grad_last_weight, grad_last_bias)
-        if packed:
-            left = left_behind(data, unit.positions, net.hidden)
-            packed_tokens_kernel[(token_programs,)](
-                data,
-                batch,
-                net.network,
-                upstream,
-                one_hot_rows(data.key),
-                *by_token,
-                *left,
-                *last_layer,
-                SPEC=token_spec,
-                num_warps=tokens.num_warps,
-            )
-            packed_weights_kernel[(weight_programs,)](
-                data,
-                batch,
-                *left,
-                *first_weights,
-                grad_weights,
-                grad_biases,
-                SPEC=weight_spec,
-                num_warps=weights.num_warps,
-            )
-        else:
-            tokens_kernel[(token_programs,)](
-                data,
-                batch,
-                net.network,
-                upstream,
-                *by_token,
-                *first_weights,
-                SPEC=token_spec,
-                num_warps=tokens.num_warps,
-            )
-            weights_kernel[(weight_programs,)](
-                data,
-                batch,
-                net.network,
-                upstream,
-                grad_weights,
-                grad_biases,
-                *last_layer,
-                SPEC=weight_spec,
-                num_warps=weights.num_warps,
-            )
-        merge(part, None, data.offsets, grad_first, lse, token_programs, tokens.least_rows)
-        if token_spec.shared:
-            _shared_keys(unit, data, net.network, upstream, grad_key, grad_value, token_spec, tokens)
-    weight_sums = [w.sum(0).t() for w in grad_weights]
-    bias_sums = [b.sum(0) for b in grad_biases]
-    slope_sums = [g.sum(0) for g in grad_slopes]
-    if weight_sums:  # their sums are of e, see mlp_backward
-        weight_sums[-1] = weight_sums[-1] * net.network.last_weight[:, None]
-        bias_sums[-1] = bias_sums[-1] * net.network.last_weight
-    if slope_sums:
-        slope_sums[-1] = slope_sums[-1] * net.network.last_weight
+    call = Call(
+        unit,
+        data,
+        net,
+        upstream,
+        data.key.new_zeros(count, dim),
+        None if unit.values is unit.keys else data.value.new_zeros(count, value_dim),
+        lse.new_zeros(unit.query.shape[0], dim + net.hidden[0]),
+        grad_scores is not None,
+    )
+    if unit.query.shape[0] == 0 or unit.positions == 0:
+        sums = WeightSums.of_programs(**program_sums(call, 1, 1, 1))
+    elif settings.is_wide(max(dim, value_dim), net.hidden):
+        sums = wide_backward(call)
+    elif settings.packs_backward(net.precision, max(dim, value_dim), unit):
+        sums = packed_backward(call)
+    else:
+        sums = _streamed(call)
+    if sums.weights:  # their sums are of e, see mlp_backward
+        sums.weights[-1] = sums.weights[-1] * net.network.last_weight[:, None]
+        sums.biases[-1] = sums.biases[-1] * net.network.last_weight
+    if sums.slopes:
+        sums.slopes[-1] = sums.slopes[-1] * net.network.last_weight
     grads = gradients(
         net,
-        grad_key_weight.sum(0).t(),
-        grad_product_weight.sum(0).t(),
-        grad_first[:, dim:],
-        weight_sums,
-        bias_sums,
-        grad_last_weight.sum(0),
-        grad_last_bias.sum(0),
+        sums.key,
+        sums.product,
+        call.grad_first[:, dim:],
+        sums.weights,
+        sums.biases,
+        sums.last_weight,
+        sums.last_bias,
     )
     slopes = [
         g.sum_to_size(s.shape)
-        for g, (s,) in zip(slope_sums, unit.params if slope_sums else (), strict=True)
+        for g, (s,) in zip(sums.slopes, unit.params if sums.slopes else (), strict=True)
         if isinstance(s, Tensor)
     ]
-    return grad_first[:, :dim], grad_key, grad_value, *grads, slopes
+    return call.grad_first[:, :dim], call.grad_key, call.grad_value, *grads, slopes

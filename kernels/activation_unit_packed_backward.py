@@ -12,8 +12,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import settings
 from .activation_unit_weights import add_slope_sums, times_rows
 from .arguments import Histories, depth, get, narrowest, widest, width
+from .backward import Call, WeightSums, program_sums
 from .histories import load_tile, share_of, store_tile
 from .mlp import load_network, run_layers, score
 from .mlp_backward import first_dz, load_back, run_layers_backward, times_weight
@@ -31,11 +33,12 @@ from .packed import (
     multiply,
     multiply_slab,
     one_hot,
+    one_hot_rows,
     store_members,
 )
 from .pooling import weigh, weigh_backward
 from .primitives import LN_2, LOG2_E, dot, exp2, load_rows, multiply_add, store_rows, zero_rows
-from .schedule import find_sequence, slot_of
+from .schedule import find_sequence, merge, slot_of
 from .sums import (
     add_matrix,
     add_octets,
@@ -297,6 +300,49 @@ def packed_weights_kernel(
         )
         target = grad_biases[i - 1] + program * width(i, SPEC)
         store_column(target, sums[i - 1][1], width(i, SPEC), widest(i, SPEC))
+
+
+def packed_backward(call: Call) -> WeightSums:
+    """Where tiles have tokens of several sequences."""
+    data, batch, lse = call.data, call.unit.query.shape[0], call.upstream.lse
+    tokens, weights = (
+        settings.PACKED_BACKWARD[call.net.precision],
+        settings.PACKED_WEIGHTS[call.net.precision],
+    )
+    programs, weight_programs = call.programs(tokens), call.programs(weights)
+    part = lse.new_empty(2 * programs, call.grad_first.shape[1])
+    sums = program_sums(call, weight_programs, weight_programs, programs)
+    left = left_behind(data, call.unit.positions, call.net.hidden)
+    packed_tokens_kernel[(programs,)](
+        data,
+        batch,
+        call.net.network,
+        call.upstream,
+        one_hot_rows(data.key),
+        call.grad_key,
+        call.grad_key if call.grad_value is None else call.grad_value,
+        call.grad_first,
+        part,
+        *left,
+        sums["slopes"],
+        sums["last_weight"],
+        sums["last_bias"],
+        SPEC=call.spec(tokens),
+        num_warps=tokens.num_warps,
+    )
+    merge(part, None, data.offsets, call.grad_first, lse, programs, tokens.least_rows)
+    packed_weights_kernel[(weight_programs,)](
+        data,
+        batch,
+        *left,
+        sums["key"],
+        sums["product"],
+        sums["weights"],
+        sums["biases"],
+        SPEC=call.spec(weights),
+        num_warps=weights.num_warps,
+    )
+    return WeightSums.of_programs(**sums)
 
 
 def left_behind(

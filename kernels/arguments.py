@@ -47,6 +47,24 @@ class Upstream(NamedTuple):
     product: Tensor  # [D, H1], the network's, transposed
 
 
+class Chunk(NamedTuple):
+    """What the way back through a wide network keeps of some positions, a row each, in the dtype of the products."""
+
+    first: int  # the first position
+    pairs: Tensor  # [rows, 2·D], k and q*k
+    units: tuple[Tensor, ...]  # [rows, H1], ..., of all hidden layers but the last
+    grads: tuple[Tensor, ...]  # [rows, H1], ..., dL/dz of all hidden layers, of the last e, see mlp_backward
+    attention: Tensor  # [rows], in float32
+
+
+class TileSums(NamedTuple):
+    """Sums over the tokens of each tile."""
+
+    last_weight: Tensor  # [tiles, Hn]
+    last_bias: Tensor  # [tiles]
+    slopes: tuple[Tensor, ...]  # [tiles, H1], ...
+
+
 @dataclass(frozen=True)
 class Spec:
     """What a kernel is compiled for. Nothing here depends on a length or on the size of the batch."""
@@ -74,6 +92,7 @@ class Spec:
     stages: int
     split: bool = False  # products of float32 as sums of products of parts, forward only
     warps: int = 1  # that share a tile
+    scored: bool = False  # forward reads the scores instead of computing them
 
     @property
     def softmax(self) -> bool:

@@ -21,7 +21,8 @@ class Launch(NamedTuple):
     programs_per_sm: int
 
 
-WIDEST = 128  # of keys, values and hidden layers
+WIDEST = 128  # of keys, values and hidden layers, but for the wide kernels
+WIDEST_DIM, WIDEST_HIDDEN = 256, 512  # of these
 
 # By the width of keys and values, and by precision: "split" is fp32 at its full accuracy by tf32 and bfloat16 parts,
 # "ieee" by plain FMAs. Slabs of keys wider than 128 bytes make the compiler keep an address for each of their rows.
@@ -53,6 +54,17 @@ PACKED_WEIGHTS = {
 }
 SHORT_BACKWARD = 70
 SHORT_FORWARD = 50  # rows per sequence below which they pay
+# Of the wide kernels `slab` is of the first layer, `last_slab` of all others.
+WIDE_SCORES = {
+    "half": Launch(64, 4, 2, 32, (256, 16), 128, 0, 0),
+    "tf32": Launch(64, 4, 2, 32, (256, 16), 64, 0, 0),
+}
+
+WIDE_BACKWARD = {
+    "half": Launch(64, 4, 2, 32, (64, 16), 128, 0, 2),
+    "tf32": Launch(64, 4, 2, 32, (64, 16), 64, 0, 1),
+}
+WIDE_HISTORIES = Launch(8, 4, 2, 256, (256, 16), 128, 256, 0)
 
 # "split" is "ieee" where products of float32 are made of several narrower ones.
 BACKWARD_TOKENS = {
@@ -94,23 +106,26 @@ def share_tiles(precision: str, width: int, unit: Any) -> bool:
     return unit.query.shape[0] >= 2 * CANDIDATES * histories
 
 
-def packed_forward(precision: str, width: int, unit: Any) -> Launch | None:
+def packed_forward(precision: str, width: int, hidden: Sequence[int], unit: Any) -> Launch | None:
     """Settings of the packed kernel, if sequences are so short that it pays."""
-    if width > NARROW or not _shorter(SHORT_FORWARD, unit):
+    if width > NARROW or is_wide(width, hidden) or not _shorter(SHORT_FORWARD, unit):
         return None
     return PACKED_FORWARD.get(precision)
 
 
-def packed_backward(precision: str, width: int, unit: Any) -> tuple[Launch, Launch] | None:
-    """As packed_forward, of both kernels."""
-    if width > NARROW or not _shorter(SHORT_BACKWARD, unit) or precision not in PACKED_BACKWARD:
-        return None
-    return PACKED_BACKWARD[precision], PACKED_WEIGHTS[precision]
+def packs_backward(precision: str, width: int, unit: Any) -> bool:
+    """Whether sequences are so short that the packed kernels pay."""
+    return width <= NARROW and precision in PACKED_BACKWARD and _shorter(SHORT_BACKWARD, unit)
 
 
 def _shorter(length: int, unit: Any) -> bool:
     """Whether sequences that share no history are shorter than this, going by their mean with slack counted in."""
     return unit.candidates is None and unit.positions < length * unit.query.shape[0]
+
+
+def is_wide(dim: int, hidden: Sequence[int]) -> bool:
+    """Whether keys, values or layers are wider than a program can keep the weights of."""
+    return max(dim, *hidden) > WIDEST
 
 
 def _fits(launch: Launch, width: int, hidden: Sequence[int], device: torch.device) -> bool:
@@ -146,7 +161,16 @@ def can_split(dim: int, hidden: tuple[int, ...], device: torch.device) -> bool:
 
 def programs(launch: Launch, rows: int, device: torch.device) -> int:
     """How many programs share `rows` rows."""
-    multiprocessors = 1 << 10  # where there is none to fill, enough not to matter
+    return max(1, min(-(-rows // launch.least_rows), _multiprocessors(device) * launch.programs_per_sm))
+
+
+def chunk_rows(launch: Launch, light: Launch, device: torch.device) -> int:
+    """The rows of a chunk of wide backward: a tile for each program that runs at once, and no less than a multiple of
+    the rows of a program that is launched with `light`."""
+    return _round_up(_multiprocessors(device) * launch.programs_per_sm * launch.block, light.least_rows)
+
+
+def _multiprocessors(device: torch.device) -> int:
     if device.type == "cuda":
-        multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
-    return max(1, min(-(-rows // launch.least_rows), multiprocessors * launch.programs_per_sm))
+        return torch.cuda.get_device_properties(device).multi_processor_count
+    return 1 << 10  # where there is none to fill, enough not to matter

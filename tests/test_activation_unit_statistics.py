@@ -119,10 +119,10 @@ def test_bad_input_is_named() -> None:
         ValueError, match=re.escape("weights: expected at least one hidden layer, got 0 tensors")
     ):
         functional.activation_unit_statistics(t["query"], t["keys"], case.offsets(), [], [])
+    weights, biases = [t["weight 0"], t["weight 1"]], [t["bias 0"], t["bias 1"]]
     with pytest.raises(
         ValueError, match=re.escape("activation_params: expected 1 (alpha, scale, shift) for dice")
     ):
-        weights, biases = [t["weight 0"], t["weight 1"]], [t["bias 0"], t["bias 1"]]
         functional.activation_unit_statistics(
             t["query"], t["keys"], case.offsets(), weights, biases, activation="dice", activation_params=[]
         )

@@ -1,0 +1,94 @@
+"""What the launchers of activation_unit's backward kernels share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from . import settings
+from .activation_unit import specialize
+from .arguments import Histories, Spec, Upstream
+from .normal_form import NormalForm
+
+
+class Call(NamedTuple):
+    """What backward is called with, and the gradients that kernels write."""
+
+    unit: Any  # a `recattn.composite.activation_unit.Unit`
+    data: Histories
+    net: NormalForm
+    upstream: Upstream
+    grad_key: Tensor  # [T, D], or [R, D] where they are scattered
+    grad_value: Tensor | None
+    grad_first: Tensor  # [B, D + H1], dL/dq but for its way through c, and dL/dc
+    with_scores: bool
+
+    def spec(self, launch: settings.Launch, products: str | None = None) -> Spec:
+        """Of a kernel, whose products of float32 may be others than the forward kernel's."""
+        spec = specialize(self.unit, self.data, self.net, launch, self.with_scores)
+        widest, narrowest = spec.last_slab
+        # A product that reads the gradient of the last layer needs 16 columns of it.
+        if len(spec.hidden) > 2 or spec.activation == "leaky_relu":
+            narrowest = max(narrowest, 16)
+        return replace(
+            spec,
+            warps=launch.num_warps,
+            last_slab=(widest, narrowest),
+            precision=products or spec.precision,
+        )
+
+    def programs(self, launch: settings.Launch) -> int:
+        return settings.programs(launch, self.unit.most_rows, self.data.key.device)
+
+
+class WeightSums(NamedTuple):
+    """Sums over all tokens for the gradients of the normal form's tensors, of the last hidden layer with e in the place
+    of dL/dz, see `mlp_backward`."""
+
+    key: Tensor
+    product: Tensor
+    weights: list[Tensor]
+    biases: list[Tensor]
+    slopes: list[Tensor]
+    last_weight: Tensor
+    last_bias: Tensor
+
+    @classmethod
+    def of_programs(
+        cls,
+        key: Tensor,
+        product: Tensor,
+        weights: Sequence[Tensor],
+        biases: Sequence[Tensor],
+        slopes: Sequence[Tensor],
+        last_weight: Tensor,
+        last_bias: Tensor,
+    ) -> WeightSums:
+        """From sums of each program, `[programs, ...]`, matrices transposed."""
+        return cls(
+            key.sum(0).t(),
+            product.sum(0).t(),
+            [w.sum(0).t() for w in weights],
+            [b.sum(0) for b in biases],
+            [s.sum(0) for s in slopes],
+            last_weight.sum(0),
+            last_bias.sum(0),
+        )
+
+
+def program_sums(call: Call, first: int, later: int, last: int) -> dict[str, Any]:
+    """Zeros for `WeightSums.of_programs`: as many as programs make sums of the first layer, of the hidden layers behind
+    it, and of the last layer and the slopes."""
+    network, zeros = call.net.network, call.upstream.lse.new_zeros
+    return {
+        "key": zeros(first, *network.key.t().shape),
+        "product": zeros(first, *network.product.t().shape),
+        "weights": tuple(zeros(later, *w.t().shape) for w in network.weights),
+        "biases": tuple(zeros(later, *b.shape) for b in network.biases),
+        "slopes": tuple(zeros(last, *s.shape) for s in network.slopes),
+        "last_weight": zeros(last, call.net.hidden[-1]),
+        "last_bias": zeros(last, 1),
+    }

@@ -1,0 +1,233 @@
+"""The scoring MLP where its layers are too wide for a program to keep their weights.
+
+The first layer is *streamed*: a loop at run time takes a slab of its units at a time, with the weights that make it
+and those that read it, and adds it to the sums of the second layer. These, and the layers behind, are *held*.
+
+Tiles have tokens that follow each other, of whatever sequences. So W_eff(q) is never built; the two blocks of
+
+    z1 = key·k + product·(q*k) + c(q)
+
+are read by all tokens alike, and no tile is cut where a sequence ends.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .arguments import depth, get, width
+from .mlp import score
+from .primitives import (
+    activate,
+    columns,
+    dot,
+    load_matrix,
+    load_rows,
+    load_vector,
+    slab_count,
+    slab_inside,
+)
+
+
+@triton.constexpr_function
+def held_slab(spec):
+    """The widest slab of a layer that is held."""
+    return spec.last_slab[0]
+
+
+# ------------------------------------------------------------------------------------------------ tokens
+
+
+@triton.jit
+def owners_of(owners, batch, position, count):
+    """Of each position below `count` its sequence, and whether it is of any: slack is of none."""
+    owner = tl.load(owners + position, mask=position < count, other=batch)
+    return owner.to(tl.int64), owner < batch
+
+
+@triton.jit
+def rows_of(data, position, valid, SPEC: tl.constexpr):
+    """Where the keys and values of positions lie."""
+    if get(SPEC, "indexed"):
+        return tl.load(data.rows + position, mask=valid, other=0).to(tl.int64)
+    else:
+        return position
+
+
+@triton.jit
+def load_pairs(data, owner, row, valid, SPEC: tl.constexpr):
+    """What the first layer reads of each token: the slabs of k and of q*k."""
+    D: tl.constexpr = get(SPEC, "dim")
+    SLAB: tl.constexpr = get(SPEC, "dim_slab")
+    k = load_rows(data.key, row, get(SPEC, "key_stride"), valid, D, SLAB)
+    q = load_rows(data.query, owner, get(SPEC, "query_stride"), valid, D, SLAB)
+    products = ()
+    for i in tl.static_range(len(k)):
+        product = q[i].to(tl.float32) * k[i].to(tl.float32)
+        products = products + (product.to(k[i].dtype),)
+    return k, products
+
+
+# ------------------------------------------------------------------------------------------------ the streamed layer
+
+
+@triton.jit
+def load_unit_rows(pointer, unit, i: tl.constexpr, SPEC: tl.constexpr):
+    """`[units, dims]`: slab i of the rows of the first layer's weight that make these units."""
+    D: tl.constexpr = get(SPEC, "dim")
+    H1: tl.constexpr = width(0, SPEC)
+    column = columns(i, D, get(SPEC, "dim_slab"))[None, :]
+    places = pointer + unit[:, None] * D + column
+    if slab_inside(i, D, get(SPEC, "dim_slab")) and H1 % get(SPEC, "slab") == 0:
+        return tl.load(places)
+    else:
+        return tl.load(places, mask=(unit < H1)[:, None] & (column < D), other=0.0)
+
+
+@triton.jit
+def load_unit_columns(pointer, unit, j: tl.constexpr, SPEC: tl.constexpr):
+    """`[units of the second layer, units]`: slab j of those columns of its weight that read these units."""
+    H1: tl.constexpr = width(0, SPEC)
+    H2: tl.constexpr = width(1, SPEC)
+    row = columns(j, H2, held_slab(SPEC))[:, None]
+    places = pointer + row * H1 + unit[None, :]
+    if slab_inside(j, H2, held_slab(SPEC)) and H1 % get(SPEC, "slab") == 0:
+        return tl.load(places)
+    else:
+        return tl.load(places, mask=(row < H2) & (unit < H1)[None, :], other=0.0)
+
+
+@triton.jit
+def load_unit_vector(pointer, unit, SPEC: tl.constexpr):
+    if width(0, SPEC) % get(SPEC, "slab") == 0:
+        return tl.load(pointer + unit)
+    else:
+        return tl.load(pointer + unit, mask=unit < width(0, SPEC), other=0.0)
+
+
+@triton.jit
+def first_slope(net, unit, SPEC: tl.constexpr):
+    if get(SPEC, "activation") == "leaky_relu":
+        return load_unit_vector(net.slopes[0], unit, SPEC)[None, :]
+    else:
+        return 0.0
+
+
+@triton.jit
+def first_units(net, pairs, owner, valid, unit, SPEC: tl.constexpr):
+    """Units of the first layer, `[tokens, units]`, and what went into their activation."""
+    k, products = pairs
+    H1: tl.constexpr = width(0, SPEC)
+    PRECISION: tl.constexpr = get(SPEC, "precision")
+    inside = valid[:, None]
+    if H1 % get(SPEC, "slab") != 0:
+        inside = inside & (unit < H1)[None, :]
+    z = tl.load(net.first_bias + owner[:, None] * H1 + unit[None, :], mask=inside, other=0.0)
+    for i in tl.static_range(len(k)):
+        z = dot(k[i], tl.trans(load_unit_rows(net.key, unit, i, SPEC)), z, PRECISION)
+        z = dot(products[i], tl.trans(load_unit_rows(net.product, unit, i, SPEC)), z, PRECISION)
+    return activate(z, first_slope(net, unit, SPEC), get(SPEC, "activation"), get(SPEC, "approx")), z
+
+
+@triton.jit
+def feed_units(sums, h, net, unit, SPEC: tl.constexpr):
+    """The sums of the second layer with what some units of the first add to them."""
+    out = ()
+    for j in tl.static_range(len(sums)):
+        weight = load_unit_columns(net.weights[0], unit, j, SPEC)
+        out = out + (dot(h.to(weight.dtype), tl.trans(weight), sums[j], get(SPEC, "precision")),)
+    return out
+
+
+@triton.jit
+def score_units(octets, h, net, unit, SPEC: tl.constexpr):
+    """The same where the score reads the first layer: sums of columns that lie eight apart."""
+    terms = h * load_unit_vector(net.last_weight, unit, SPEC)[None, :]
+    return octets + tl.sum(tl.reshape(terms, [h.shape[0], h.shape[1] // 8, 8]), 1)
+
+
+# ------------------------------------------------------------------------------------------------ held layers
+
+
+@triton.jit
+def load_held(pointer, LAYER: tl.constexpr, SPEC: tl.constexpr):
+    """A vector over the units of a held layer."""
+    return load_vector(pointer, width(LAYER, SPEC), held_slab(SPEC))
+
+
+@triton.jit
+def held_slopes(net, LAYER: tl.constexpr, SPEC: tl.constexpr):
+    if get(SPEC, "activation") == "leaky_relu":
+        return load_held(net.slopes[LAYER], LAYER, SPEC)
+    else:
+        return ()
+
+
+@triton.jit
+def biases_as_sums(net, LAYER: tl.constexpr, SPEC: tl.constexpr):
+    """What the sums of a held layer begin with."""
+    bias = load_held(net.biases[LAYER - 1], LAYER, SPEC)
+    sums = ()
+    for j in tl.static_range(len(bias)):
+        sums = sums + (tl.broadcast_to(bias[j][None, :], [get(SPEC, "block"), bias[j].shape[0]]),)
+    return sums
+
+
+@triton.jit
+def activate_held(zs, slopes, SPEC: tl.constexpr):
+    out = ()
+    for j in tl.static_range(len(zs)):
+        slope = slopes[j][None, :] if len(slopes) > 0 else 0.0
+        out = out + (activate(zs[j], slope, get(SPEC, "activation"), get(SPEC, "approx")),)
+    return out
+
+
+@triton.jit
+def third_layer(hs, net, SPEC: tl.constexpr):
+    """What goes into the activation of the third layer."""
+    sums = biases_as_sums(net, 2, SPEC)
+    COUNT: tl.constexpr = slab_count(width(1, SPEC), held_slab(SPEC))
+    weights = load_matrix(
+        net.weights[1], width(2, SPEC), held_slab(SPEC), 16, width(1, SPEC), held_slab(SPEC)
+    )
+    out = ()
+    for j in tl.static_range(len(sums)):
+        z = sums[j]
+        for i in tl.static_range(COUNT):
+            weight = weights[j * COUNT + i]
+            z = dot(hs[i].to(weight.dtype), tl.trans(weight), z, get(SPEC, "precision"))
+        out = out + (z,)
+    return out
+
+
+# ------------------------------------------------------------------------------------------------ scores
+
+
+@triton.jit
+def score_tokens(data, batch, owners, net, begin, count, SPEC: tl.constexpr):
+    """Of the tokens of a tile that begins at a position: their positions, whether they are any, and their scores."""
+    H1: tl.constexpr = width(0, SPEC)
+    SLAB: tl.constexpr = get(SPEC, "slab")
+    BLOCK: tl.constexpr = get(SPEC, "block")
+    position = begin + tl.arange(0, BLOCK)
+    owner, valid = owners_of(owners, batch, position, count)
+    pairs = load_pairs(data, owner, rows_of(data, position, valid, SPEC), valid, SPEC)
+    last_bias = tl.load(net.last_bias)
+    if depth(SPEC) == 1:
+        octets = tl.zeros([BLOCK, 8], tl.float32)
+        for start in tl.range(0, H1, SLAB, num_stages=get(SPEC, "stages")):
+            unit = start + tl.arange(0, SLAB)
+            h, _z = first_units(net, pairs, owner, valid, unit, SPEC)
+            octets = score_units(octets, h, net, unit, SPEC)
+        return position, valid, tl.sum(octets, 1) + last_bias
+    else:
+        sums = biases_as_sums(net, 1, SPEC)
+        for start in tl.range(0, H1, SLAB, num_stages=get(SPEC, "stages")):
+            unit = start + tl.arange(0, SLAB)
+            h, _z = first_units(net, pairs, owner, valid, unit, SPEC)
+            sums = feed_units(sums, h, net, unit, SPEC)
+        hs = activate_held(sums, held_slopes(net, 1, SPEC), SPEC)
+        if depth(SPEC) == 3:
+            hs = activate_held(third_layer(hs, net, SPEC), held_slopes(net, 2, SPEC), SPEC)
+        last_weight = load_held(net.last_weight, depth(SPEC) - 1, SPEC)
+        return position, valid, score(hs, (last_weight, last_bias))
