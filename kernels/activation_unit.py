@@ -31,6 +31,7 @@ from .primitives import (
 )
 from .schedule import find_sequence, merge, slot_of
 from .streamed import first_layer, load_layers, score_tokens
+from .tuning import tuned
 
 
 @triton.jit(do_not_specialize=["batch"])
@@ -155,18 +156,25 @@ def forward(unit: Any, with_scores: bool) -> tuple[Tensor, Tensor, Tensor]:
     if batch == 0 or unit.positions == 0:
         return out, scores, lse
     if settings.share_tiles(precision, dim, unit):
-        launch = settings.CANDIDATES_FORWARD
+        launch = tuned("candidates", precision, settings.CANDIDATES_FORWARD, dim, hidden, device)
         spec = specialize(unit, data, net, launch, False)
         activation_unit_candidates.forward(unit, data, net.network, out, lse, spec, launch)
         return out, scores, lse
     packed = settings.packed_forward(precision, dim, hidden, unit)
-    launch = packed or launch
+    launch = tuned(
+        "forward" if packed is None else "packed forward",
+        "split" if split else precision,
+        packed or launch,
+        dim,
+        hidden,
+        device,
+    )
     programs = settings.programs(launch, unit.most_rows, data.key.device)
     spec = specialize(unit, data, net, launch, with_scores)
     if split:
         spec = replace(spec, precision="tf32", split=True)
     if wide:
-        scoring = settings.WIDE_SCORES[precision]
+        scoring = tuned("wide scores", precision, settings.WIDE_SCORES[precision], dim, hidden, device)
         score_all(data, net, specialize(unit, data, net, scoring, with_scores), scoring, scores)
         spec = replace(spec, scored=True)
     part, part_state = lse.new_empty(2 * programs, value_dim), lse.new_empty(2 * programs, 2)

@@ -132,7 +132,7 @@ def wide_backward(call: Call) -> WeightSums:
     """Where weights are too many for a program."""
     data, net, upstream, count = call.data, call.net, call.upstream, call.unit.positions
     batch, network, (first, *later) = call.unit.query.shape[0], net.network, net.hidden
-    launch, light = settings.WIDE_BACKWARD[net.precision], settings.WIDE_HISTORIES
+    launch, light = call.launch("wide tokens", net.precision, settings.WIDE_BACKWARD), settings.WIDE_HISTORIES
     spec = call.spec(launch)
     dim = spec.dim
     step = settings.chunk_rows(launch, light, data.key.device)

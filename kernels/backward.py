@@ -12,6 +12,7 @@ from . import settings
 from .activation_unit import specialize
 from .arguments import Histories, Spec, Upstream
 from .normal_form import NormalForm
+from .tuning import tuned
 
 
 class Call(NamedTuple):
@@ -39,6 +40,11 @@ class Call(NamedTuple):
             last_slab=(widest, narrowest),
             precision=products or spec.precision,
         )
+
+    def launch(self, kernel: str, row: str, table: dict[str, settings.Launch]) -> settings.Launch:
+        """The settings of a kernel out of a table's row, or what tuning has found."""
+        dim = max(self.data.key.shape[1], self.data.value.shape[1])
+        return tuned(kernel, row, table[row], dim, self.net.hidden, self.data.key.device)
 
     def programs(self, launch: settings.Launch) -> int:
         return settings.programs(launch, self.unit.most_rows, self.data.key.device)

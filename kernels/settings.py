@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -102,6 +103,8 @@ def share_tiles(precision: str, width: int, unit: Any) -> bool:
     """Whether several candidates share a tile: where there are enough of each history, going by their mean."""
     if unit.candidates is None or precision != "half" or width > NARROW:
         return False
+    if _assumed_short is not None:
+        return _assumed_short
     histories = unit.candidates.queries.numel() - 1
     return unit.query.shape[0] >= 2 * CANDIDATES * histories
 
@@ -120,7 +123,24 @@ def packs_backward(precision: str, width: int, unit: Any) -> bool:
 
 def _shorter(length: int, unit: Any) -> bool:
     """Whether sequences that share no history are shorter than this, going by their mean with slack counted in."""
-    return unit.candidates is None and unit.positions < length * unit.query.shape[0]
+    if unit.candidates is not None or _assumed_short is not None:
+        return unit.candidates is None and bool(_assumed_short)
+    return unit.positions < length * unit.query.shape[0]
+
+
+@contextmanager
+def assuming(short: bool) -> Iterator[None]:
+    """Takes histories to be short, or shared by many candidates, or takes them to be neither, whatever shapes say. All
+    kernels of a call are launched, also those that a small batch does not need."""
+    global _assumed_short
+    before, _assumed_short = _assumed_short, short
+    try:
+        yield
+    finally:
+        _assumed_short = before
+
+
+_assumed_short: bool | None = None
 
 
 def is_wide(dim: int, hidden: Sequence[int]) -> bool:
@@ -161,7 +181,8 @@ def can_split(dim: int, hidden: tuple[int, ...], device: torch.device) -> bool:
 
 def programs(launch: Launch, rows: int, device: torch.device) -> int:
     """How many programs share `rows` rows."""
-    return max(1, min(-(-rows // launch.least_rows), _multiprocessors(device) * launch.programs_per_sm))
+    least = 1 if _assumed_short is None else 2  # so that what joins their parts is launched
+    return max(least, min(-(-rows // launch.least_rows), _multiprocessors(device) * launch.programs_per_sm))
 
 
 def chunk_rows(launch: Launch, light: Launch, device: torch.device) -> int:

@@ -4,7 +4,8 @@ from recattn import data, functional, models, nn
 from recattn.backend import backend
 from recattn.jagged import Jagged
 from recattn.swap import fuse, unfuse
+from recattn.warmup import autotune, warmup
 
 __version__ = "0.1.0"
 
-__all__ = ["Jagged", "backend", "data", "functional", "fuse", "models", "nn", "unfuse"]
+__all__ = ["Jagged", "autotune", "backend", "data", "functional", "fuse", "models", "nn", "unfuse", "warmup"]
