@@ -13,6 +13,7 @@ from torch import Tensor
 
 from . import settings
 from .arguments import Histories, Spec, get
+from .dropout import noise_of
 from .histories import load_tile, part_at, position_of, share_of
 from .normal_form import NormalForm, normal_form
 from .pooling import pool, pool_rows, pooled, weigh
@@ -45,7 +46,7 @@ def _forward_kernel(data, net, out, lse, scores, part, part_state, SPEC: tl.cons
     if begin >= end:
         return
     sequence = find_sequence(data.offsets, data.batch, begin)
-    layers, slopes, last = load_layers(net, SPEC)
+    layers, params, last = load_layers(net, SPEC)
     token = tl.arange(0, BLOCK)
     while begin < end:
         sequence, first_row, last_row, stop = part_at(data, sequence, begin, end)
@@ -60,7 +61,8 @@ def _forward_kernel(data, net, out, lse, scores, part, part_state, SPEC: tl.cons
         for start in tl.range(begin, stop, BLOCK, num_stages=get(SPEC, "stages")):
             valid = token < (stop - start)
             k, v = load_tile(data, position, valid, SPEC)
-            s = score_tokens(k, first, layers, slopes, last, SPEC)  # [BLOCK]
+            noise = noise_of(net, start + token, SPEC)
+            s = score_tokens(k, first, layers, params, last, SPEC, noise)  # [BLOCK]
             if SOFTMAX:
                 if get(SPEC, "with_scores"):
                     tl.store(scores + position + token, s, mask=valid)
@@ -100,8 +102,6 @@ def uncovered(unit: Any) -> str | None:
     """Why no kernel here takes this call, or None if one does."""
     if unit.keys.dtype not in (torch.float16, torch.bfloat16, torch.float32):
         return f"no kernel computes in {unit.keys.dtype}"
-    if unit.activation == "dice" or unit.dropout is not None:
-        return "no kernel has dice or dropout"
     if not 1 <= len(unit.weights) <= 3:
         return f"kernels have 1 to 3 hidden layers, not {len(unit.weights)}"
     hidden = [unit.first.bias.shape[1], *(b.shape[0] for b in unit.biases)]
@@ -181,6 +181,8 @@ def specialize(
         dim_slab=launch.dim_slab,
         least_rows=launch.least_rows,
         stages=launch.num_stages,
+        warps=launch.num_warps,
+        dropped=0 if unit.dropout is None else unit.dropout.dropped,
     )
 
 

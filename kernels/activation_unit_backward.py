@@ -18,12 +18,13 @@ from . import settings
 from .activation_unit import histories, specialize
 from .activation_unit_keys import keys_backward, keys_kernel, zero_gradients
 from .activation_unit_weights import weights_kernel
-from .arguments import Histories, Network, Spec, Upstream, get, widest, width
+from .arguments import PARAMS, Histories, Network, Spec, Upstream, get, widest, width
 from .attend_backward import attend_backward, load_sequence
+from .dropout import noise_of
 from .histories import load_tile, part_at, position_of, share_of, store_tile
 from .mlp import load_network, run_layers, score
 from .mlp_backward import first_dz, load_back, run_layers_backward, with_fresh_vectors
-from .normal_form import NormalForm, backward_weights, gradients, normal_form
+from .normal_form import NormalForm, backward_weights, gradients, normal_form, param_gradients
 from .primitives import columns, load_matrix, slab_count
 from .schedule import find_sequence, merge, slot_of
 from .sums import add_matrix, column_sum, in_dtype, outer_sum, store_column, zero_matrix
@@ -57,7 +58,7 @@ def tokens_kernel(
     if begin >= end:
         return
     sequence = find_sequence(data.offsets, data.batch, begin)
-    layers, slopes, last = load_network(net, SPEC)
+    layers, _params, last = load_network(net, SPEC)
     back = load_back(upstream.back, 0, SPEC)
     token = tl.arange(0, BLOCK)
     own = program.to(tl.int64) * (H1 * D)
@@ -74,10 +75,11 @@ def tokens_kernel(
             valid = token < rest
             k, v = load_tile(data, position, valid, SPEC)
             again = with_fresh_vectors(net, owner, first, layers, last, rest, SPEC)
-            zs, hs, outputs = run_layers(k, again[0], again[1], slopes, DTYPE, SPEC)
+            noise = noise_of(net, start + token, SPEC)
+            zs, hs, outputs = run_layers(k, again[0], again[1], again[3], noise, DTYPE, SPEC)
             s = score(hs[len(hs) - 1], again[2])  # [BLOCK]
             a, ds = attend_backward(s, v, grads, upstream.grad_scores + position, rest, SPEC)
-            _dhs, dzs = run_layers_backward(ds, zs, hs, outputs, back, slopes, SPEC)
+            _dhs, dzs = run_layers_backward(ds, zs, hs, outputs, back, again[3], noise, SPEC)
             dz = in_dtype(first_dz(dzs, again[2], SPEC), DTYPE)
             if not get(SPEC, "shared"):
                 dk, dv = zero_gradients(SPEC)
@@ -110,17 +112,14 @@ def tokens_kernel(
         sequence += 1
 
 
-def _spec(
-    unit: Any, data: Histories, net: NormalForm, launch: settings.Launch, with_scores: bool, split: str | None
-) -> Spec:
-    spec = specialize(unit, data, net, launch, with_scores)
+def _spec(unit: Any, data: Histories, net: NormalForm, launch: settings.Launch, split: str | None) -> Spec:
+    spec = specialize(unit, data, net, launch, False)
     widest_last, narrowest_last = spec.last_slab
     # A product that reads the gradient of the last layer needs 16 columns of it.
-    if len(spec.hidden) > 2 or spec.activation == "leaky_relu":
+    if len(spec.hidden) > 2 or spec.activation in PARAMS:
         narrowest_last = max(narrowest_last, 16)
     return replace(
         spec,
-        warps=launch.num_warps,
         last_slab=(widest_last, narrowest_last),
         precision=split or spec.precision,
     )
@@ -163,14 +162,6 @@ def backward(
 ) -> tuple[Any, ...]:
     """As `recattn.composite.activation_unit.backward`."""
     net = normal_form(unit)
-    data = histories(unit)
-    dim, value_dim = data.key.shape[1], data.value.shape[1]
-    zeros = net.network.first_bias.new_zeros  # float32
-    count = data.key.shape[0] if unit.unique_rows else unit.positions
-    grad_key = data.key.new_zeros(count, dim)
-    separate = unit.values is not unit.keys
-    grad_value = data.value.new_zeros(count, value_dim) if separate else None
-    grad_first = zeros(data.batch, dim + net.hidden[0])
     upstream = Upstream(
         grad_out.contiguous(),
         lse if grad_scores is None else grad_scores.contiguous(),
@@ -179,12 +170,26 @@ def backward(
         backward_weights(unit, net),
         net.network.product.t().contiguous(),
     )
+    return run_backward(unit, net, upstream, with_scores=grad_scores is not None)
+
+
+def run_backward(
+    unit: Any, net: NormalForm, upstream: Upstream, with_scores: bool = False, statistics: bool = False
+) -> tuple[Any, ...]:
+    """The gradients of a network in normal form."""
+    data = histories(unit)
+    dim, value_dim = data.key.shape[1], data.value.shape[1]
+    zeros = net.network.first_bias.new_zeros  # float32
+    count = data.key.shape[0] if unit.unique_rows else unit.positions
+    grad_key = data.key.new_zeros(count, dim)
+    separate = unit.values is not unit.keys
+    grad_value = data.value.new_zeros(count, value_dim) if separate else None
+    grad_first = zeros(data.batch, dim + net.hidden[0])
     split = net.precision == "ieee" and settings.can_split(dim, net.hidden, data.key.device)
     row = "split" if split else net.precision
     tokens, weights = settings.BACKWARD_TOKENS[row], settings.BACKWARD_WEIGHTS[row]
     token_programs = settings.programs(tokens, unit.most_rows, data.key.device)
     weight_programs = settings.programs(weights, unit.most_rows, data.key.device)
-    with_scores = grad_scores is not None
 
     by_program = {
         "key": zeros(token_programs, *net.network.key.t().shape),
@@ -192,11 +197,14 @@ def backward(
     }
     grad_weights = tuple(zeros(weight_programs, *w.t().shape) for w in net.network.weights)
     grad_biases = tuple(zeros(weight_programs, *b.shape) for b in net.network.biases)
-    grad_slopes = tuple(zeros(weight_programs, *s.shape) for s in net.network.slopes)
+    each = PARAMS.get(net.form.kernel, 0)
+    with_params = each * (len(net.hidden) - statistics)
+    grad_params = tuple(zeros(weight_programs, *p.shape) for p in net.network.params[:with_params])
     grad_last_weight = zeros(weight_programs, net.hidden[-1])
     grad_last_bias = zeros(weight_programs, 1)
     if data.batch and unit.positions:
-        spec = _spec(unit, data, net, tokens, with_scores, settings.SPLIT_TOKENS if split else None)
+        spec = _spec(unit, data, net, tokens, settings.SPLIT_TOKENS if split else None)
+        spec = replace(spec, with_scores=with_scores, statistics=statistics)
         part = torch.empty_like(grad_first, memory_format=torch.contiguous_format).new_empty(
             2 * token_programs, grad_first.shape[1]
         )
@@ -213,7 +221,7 @@ def backward(
             SPEC=spec,
             num_warps=tokens.num_warps,
         )
-        merge(part, None, data.offsets, grad_first, lse, token_programs, tokens.least_rows)
+        merge(part, None, data.offsets, grad_first, upstream.lse, token_programs, tokens.least_rows)
         if spec.shared:
             _shared_keys(unit, data, net.network, upstream, grad_key, grad_value, spec, tokens)
         weights_kernel[(weight_programs,)](
@@ -222,20 +230,25 @@ def backward(
             upstream,
             grad_weights,
             grad_biases,
-            grad_slopes,
+            grad_params,
             grad_last_weight,
             grad_last_bias,
-            SPEC=_spec(unit, data, net, weights, with_scores, settings.SPLIT_WEIGHTS if split else None),
+            SPEC=replace(
+                _spec(unit, data, net, weights, settings.SPLIT_WEIGHTS if split else None),
+                with_scores=with_scores,
+                statistics=statistics,
+            ),
             num_warps=weights.num_warps,
         )
     weight_sums = [w.sum(0).t() for w in grad_weights]
     bias_sums = [b.sum(0) for b in grad_biases]
-    slope_sums = [g.sum(0) for g in grad_slopes]
+    param_sums = [g.sum(0) for g in grad_params]
     if weight_sums:  # their sums are of e, see mlp_backward
         weight_sums[-1] = weight_sums[-1] * net.network.last_weight[:, None]
         bias_sums[-1] = bias_sums[-1] * net.network.last_weight
-    if slope_sums:
-        slope_sums[-1] = slope_sums[-1] * net.network.last_weight
+    if not statistics:
+        for index in range(len(param_sums) - each, len(param_sums)):
+            param_sums[index] = param_sums[index] * net.network.last_weight
     grads = gradients(
         net,
         by_program["key"].sum(0).t(),
@@ -246,9 +259,4 @@ def backward(
         grad_last_weight.sum(0),
         grad_last_bias.sum(0),
     )
-    slopes = [
-        g.sum_to_size(s.shape)
-        for g, (s,) in zip(slope_sums, unit.params if slope_sums else (), strict=True)
-        if isinstance(s, Tensor)
-    ]
-    return grad_first[:, :dim], grad_key, grad_value, *grads, slopes
+    return grad_first[:, :dim], grad_key, grad_value, *grads, param_gradients(unit, net, param_sums)
