@@ -15,6 +15,7 @@ from . import activation_unit_candidates, settings
 from .activation_unit_packed import packed_forward_kernel
 from .activation_unit_wide import score_all
 from .arguments import Histories, Spec, get
+from .dropout import noise_of
 from .histories import load_tile, part_at, position_of, share_of
 from .normal_form import NormalForm, normal_form
 from .packed import one_hot_rows
@@ -50,7 +51,7 @@ def _forward_kernel(data, batch, net, out, lse, scores, part, part_state, SPEC: 
         return
     sequence = find_sequence(data.offsets, batch, begin)
     if not get(SPEC, "scored"):
-        layers, slopes, last = load_layers(net, SPEC)
+        layers, params, last = load_layers(net, SPEC)
     token = tl.arange(0, BLOCK)
     while begin < end:
         sequence, first_row, last_row, stop = part_at(data, batch, sequence, begin, end)
@@ -68,7 +69,8 @@ def _forward_kernel(data, batch, net, out, lse, scores, part, part_state, SPEC: 
             if get(SPEC, "scored"):
                 s = tl.load(scores + position + token, mask=valid, other=0.0)
             else:
-                s = score_tokens(k, first, layers, slopes, last, SPEC)  # [BLOCK]
+                noise = noise_of(net, start + token, SPEC)
+                s = score_tokens(k, first, layers, params, last, SPEC, noise)  # [BLOCK]
             if SOFTMAX:
                 if get(SPEC, "with_scores") and not get(SPEC, "scored"):
                     tl.store(scores + position + token, s, mask=valid)
@@ -109,15 +111,15 @@ def uncovered(unit: Any) -> str | None:
     """Why no kernel here takes this call, or None if one does."""
     if unit.keys.dtype not in (torch.float16, torch.bfloat16, torch.float32):
         return f"no kernel computes in {unit.keys.dtype}"
-    if unit.activation == "dice" or unit.dropout is not None:
-        return "no kernel has dice or dropout"
     if not 1 <= len(unit.weights) <= 3:
         return f"kernels have 1 to 3 hidden layers, not {len(unit.weights)}"
     dim, hidden = max(unit.keys.shape[1], unit.values.shape[1]), hidden_widths(unit)
     if not settings.is_wide(dim, hidden):
         return None
     what = None
-    if settings.precision(unit.keys.dtype) == "ieee":
+    if unit.activation == "dice" or unit.dropout is not None:
+        what = "of dice and dropout"
+    elif settings.precision(unit.keys.dtype) == "ieee":
         what = "of float32 at its full accuracy"
     elif unit.candidates is not None:
         what = "of queries that share histories"
@@ -231,6 +233,8 @@ def specialize(
         dim_slab=launch.dim_slab,
         least_rows=launch.least_rows,
         stages=launch.num_stages,
+        warps=launch.num_warps,
+        dropped=0 if unit.dropout is None else unit.dropout.dropped,
     )
 
 

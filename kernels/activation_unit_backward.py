@@ -19,13 +19,14 @@ from .activation_unit_keys import keys_backward, keys_kernel, zero_gradients
 from .activation_unit_packed_backward import packed_backward
 from .activation_unit_weights import weights_kernel
 from .activation_unit_wide_backward import wide_backward
-from .arguments import Spec, Upstream, get, widest, width
+from .arguments import PARAMS, Spec, Upstream, get, widest, width
 from .attend_backward import attend_backward, load_sequence
 from .backward import Call, WeightSums, program_sums
+from .dropout import noise_of
 from .histories import load_tile, part_at, position_of, share_of, store_tile
 from .mlp import load_network, run_layers, score
 from .mlp_backward import first_dz, load_back, run_layers_backward, with_fresh_vectors
-from .normal_form import backward_weights, gradients, normal_form
+from .normal_form import NormalForm, backward_weights, gradients, normal_form, param_gradients
 from .primitives import columns, load_matrix, slab_count
 from .schedule import find_sequence, merge, slot_of
 from .sums import add_matrix, column_sum, in_dtype, outer_sum, store_column, zero_matrix
@@ -60,7 +61,7 @@ def tokens_kernel(
     if begin >= end:
         return
     sequence = find_sequence(data.offsets, batch, begin)
-    layers, slopes, last = load_network(net, SPEC)
+    layers, _params, last = load_network(net, SPEC)
     back = load_back(upstream.back, 0, SPEC)
     token = tl.arange(0, BLOCK)
     own = program.to(tl.int64) * (H1 * D)
@@ -77,10 +78,11 @@ def tokens_kernel(
             valid = token < rest
             k, v = load_tile(data, position, valid, SPEC)
             again = with_fresh_vectors(net, owner, first, layers, last, rest, SPEC)
-            zs, hs, outputs = run_layers(k, again[0], again[1], slopes, DTYPE, SPEC)
+            noise = noise_of(net, start + token, SPEC)
+            zs, hs, outputs = run_layers(k, again[0], again[1], again[3], noise, DTYPE, SPEC)
             s = score(hs[len(hs) - 1], again[2])  # [BLOCK]
             a, ds = attend_backward(s, v, grads, upstream.grad_scores + position, rest, SPEC)
-            _dhs, dzs = run_layers_backward(ds, zs, hs, outputs, back, slopes, SPEC)
+            _dhs, dzs = run_layers_backward(ds, zs, hs, outputs, back, again[3], noise, SPEC)
             dz = in_dtype(first_dz(dzs, again[2], SPEC), DTYPE)
             if not get(SPEC, "shared"):
                 dk, dv = zero_gradients(SPEC)
@@ -174,7 +176,7 @@ def _streamed(call: Call) -> WeightSums:
         call.upstream,
         sums["weights"],
         sums["biases"],
-        sums["slopes"],
+        sums["params"],
         sums["last_weight"],
         sums["last_bias"],
         SPEC=call.spec(weights, settings.SPLIT_WEIGHTS if split else None),
@@ -188,9 +190,6 @@ def backward(
 ) -> tuple[Any, ...]:
     """As `recattn.composite.activation_unit.backward`."""
     net = normal_form(unit)
-    data = histories(unit)
-    dim, value_dim = data.key.shape[1], data.value.shape[1]
-    count = data.key.shape[0] if unit.unique_rows else unit.positions
     upstream = Upstream(
         grad_out.contiguous(),
         lse if grad_scores is None else grad_scores.contiguous(),
@@ -199,6 +198,16 @@ def backward(
         backward_weights(unit, net),
         net.network.product.t().contiguous(),
     )
+    return run_backward(unit, net, upstream, with_scores=grad_scores is not None)
+
+
+def run_backward(
+    unit: Any, net: NormalForm, upstream: Upstream, with_scores: bool = False, statistics: bool = False
+) -> tuple[Any, ...]:
+    """The gradients of a network in normal form."""
+    data, lse = histories(unit), upstream.lse
+    dim, value_dim = data.key.shape[1], data.value.shape[1]
+    count = data.key.shape[0] if unit.unique_rows else unit.positions
     call = Call(
         unit,
         data,
@@ -207,21 +216,23 @@ def backward(
         data.key.new_zeros(count, dim),
         None if unit.values is unit.keys else data.value.new_zeros(count, value_dim),
         lse.new_zeros(unit.query.shape[0], dim + net.hidden[0]),
-        grad_scores is not None,
+        with_scores,
+        statistics,
     )
     if unit.query.shape[0] == 0 or unit.positions == 0:
         sums = WeightSums.of_programs(**program_sums(call, 1, 1, 1))
     elif settings.is_wide(max(dim, value_dim), net.hidden):
         sums = wide_backward(call)
-    elif settings.packs_backward(net.precision, max(dim, value_dim), unit):
+    elif not statistics and settings.packs_backward(net.precision, max(dim, value_dim), unit):
         sums = packed_backward(call)
     else:
         sums = _streamed(call)
     if sums.weights:  # their sums are of e, see mlp_backward
         sums.weights[-1] = sums.weights[-1] * net.network.last_weight[:, None]
         sums.biases[-1] = sums.biases[-1] * net.network.last_weight
-    if sums.slopes:
-        sums.slopes[-1] = sums.slopes[-1] * net.network.last_weight
+    if not statistics:
+        for index in range(len(sums.params) - PARAMS.get(net.form.kernel, 0), len(sums.params)):
+            sums.params[index] = sums.params[index] * net.network.last_weight
     grads = gradients(
         net,
         sums.key,
@@ -232,9 +243,5 @@ def backward(
         sums.last_weight,
         sums.last_bias,
     )
-    slopes = [
-        g.sum_to_size(s.shape)
-        for g, (s,) in zip(sums.slopes, unit.params if sums.slopes else (), strict=True)
-        if isinstance(s, Tensor)
-    ]
-    return call.grad_first[:, :dim], call.grad_key, call.grad_value, *grads, slopes
+    grad_params = param_gradients(unit, net, sums.params)
+    return call.grad_first[:, :dim], call.grad_key, call.grad_value, *grads, grad_params

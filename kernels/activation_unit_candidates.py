@@ -14,6 +14,7 @@ from torch import Tensor
 
 from . import settings
 from .arguments import Histories, Network, Spec, get, width
+from .dropout import noise_of
 from .histories import load_tile, part_at, share_of
 from .mlp import load_units
 from .pooling import weigh
@@ -102,7 +103,7 @@ def candidates_kernel(
     if begin >= end:
         return
     group = find_sequence(groups.offsets, batch, begin)
-    layers, slopes, last = load_layers(net, SPEC)
+    layers, params, last = load_layers(net, SPEC)
     token = tl.arange(0, BLOCK)
     while begin < end:
         group, first_row, last_row, stop = part_at(groups, batch, group, begin, end)
@@ -130,9 +131,12 @@ def candidates_kernel(
             tops = ()
             grown = False
             for c in tl.static_range(COUNT):
+                # Rows of dropout count along all queries.
+                row = tl.load(data.offsets + owners[c]) + (position - tl.load(data.starts + owners[c]))
+                noise = noise_of(net, row + token, SPEC)
                 # Read in every tile: kept, the biases of all candidates would fill the registers.
                 bias = load_units(net.first_bias + owners[c] * H1 + (rest >> 31) * 16, 0, SPEC)
-                s = score_tokens(k, (firsts[c], bias), layers, slopes, last, SPEC)  # [BLOCK]
+                s = score_tokens(k, (firsts[c], bias), layers, params, last, SPEC, noise)  # [BLOCK]
                 if SOFTMAX:
                     s = tl.where(valid, s, float("-inf"))
                     top = vector_max(s)

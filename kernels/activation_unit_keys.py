@@ -11,6 +11,7 @@ import triton.language as tl
 
 from .arguments import get
 from .attend_backward import attend_backward, load_sequence, spread
+from .dropout import noise_of
 from .histories import load_tile, part_at, share_of, store_tile
 from .mlp import load_network, run_layers, score
 from .mlp_backward import first_dz, load_back, run_layers_backward, times_weight, with_fresh_vectors
@@ -34,7 +35,9 @@ def zero_gradients(SPEC: tl.constexpr):
 @triton.jit
 def keys_backward(a, dz, first, grads, dk, dv, SPEC: tl.constexpr):
     """dL/dk and dL/dv with what one query adds to a tile; all in the former where the keys are the values."""
-    if get(SPEC, "separate_values"):
+    if get(SPEC, "statistics"):
+        return times_weight(dz, first[0], dk, SPEC), dv
+    elif get(SPEC, "separate_values"):
         return times_weight(dz, first[0], dk, SPEC), spread(a, grads, dv, SPEC)
     else:
         return times_weight(dz, first[0], spread(a, grads, dk, SPEC), SPEC), dv
@@ -55,7 +58,7 @@ def keys_kernel(
     if begin >= end:
         return
     tile = find_sequence(tiles.offsets, batch, begin)
-    layers, slopes, last = load_network(net, SPEC)
+    layers, _params, last = load_network(net, SPEC)
     back = load_back(upstream.back, 0, SPEC)
     token = tl.arange(0, BLOCK)
     while begin < end:
@@ -69,10 +72,12 @@ def keys_kernel(
         for _query in tl.range(begin, stop, num_stages=1):
             _q, first, grads = load_sequence(data, net, upstream, owner, False, SPEC)
             again = with_fresh_vectors(net, owner, first, layers, last, rest, SPEC)
-            zs, hs, outputs = run_layers(k, again[0], again[1], slopes, DTYPE, SPEC)
+            row = tl.load(data.offsets + owner) + (position - tl.load(data.starts + owner))
+            noise = noise_of(net, row + token, SPEC)
+            zs, hs, outputs = run_layers(k, again[0], again[1], again[3], noise, DTYPE, SPEC)
             s = score(hs[len(hs) - 1], again[2])  # [BLOCK]
             a, ds = attend_backward(s, v, grads, upstream.grad_scores, rest, SPEC)
-            _dhs, dzs = run_layers_backward(ds, zs, hs, outputs, back, slopes, SPEC)
+            _dhs, dzs = run_layers_backward(ds, zs, hs, outputs, back, again[3], noise, SPEC)
             dz = in_dtype(first_dz(dzs, again[2], SPEC), DTYPE)
             dk, dv = keys_backward(a, dz, first, grads, dk, dv, SPEC)
             owner += 1

@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 
 from .arguments import get
+from .dropout import noise_of
 from .histories import load_tile, share_of
 from .packed import (
     GROUP,
@@ -42,7 +43,7 @@ def packed_forward_kernel(data, batch, net, identity, out, lse, scores, part, pa
     if begin >= end:
         return
     sequence = find_sequence(data.offsets, batch, begin)
-    layers, slopes, last = load_layers(net, SPEC)
+    layers, params, last = load_layers(net, SPEC)
     key, product = load_resident(net.key, SPEC), load_resident(net.product, SPEC)
     token = tl.arange(0, BLOCK)
     ones = tl.full([BLOCK, 8], 1.0, tl.float32).to(DTYPE)
@@ -61,7 +62,8 @@ def packed_forward_kernel(data, batch, net, identity, out, lse, scores, part, pa
             q = load_queries(data, sequence, member, SPEC)
             chosen = one_hot(identity, tl.where(valid, member, GROUP))  # [BLOCK, GROUP]
             x = k + multiply(q, k, APPROX) + (chosen,)
-            s = score_tokens(x, ((weight,), bias), layers, slopes, last, SPEC)  # [BLOCK]
+            noise = noise_of(net, row + token, SPEC)
+            s = score_tokens(x, ((weight,), bias), layers, params, last, SPEC, noise)  # [BLOCK]
             if SOFTMAX:
                 if get(SPEC, "with_scores"):
                     tl.store(scores + row + token, s, mask=valid)

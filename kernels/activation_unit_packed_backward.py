@@ -13,9 +13,10 @@ import triton.language as tl
 from torch import Tensor
 
 from . import settings
-from .activation_unit_weights import add_slope_sums, times_rows
-from .arguments import Histories, depth, get, narrowest, widest, width
+from .activation_unit_weights import add_param_sums, times_rows
+from .arguments import Histories, depth, get, layers_with_params, narrowest, params_each, widest, width
 from .backward import Call, WeightSums, program_sums
+from .dropout import noise_of
 from .histories import load_tile, share_of, store_tile
 from .mlp import load_network, run_layers, score
 from .mlp_backward import first_dz, load_back, run_layers_backward, times_weight
@@ -89,15 +90,24 @@ def add_products(q, r, slabs, SPEC: tl.constexpr):
 
 
 @triton.jit
-def zero_slope_sums(SPEC: tl.constexpr):
+def zero_param_sums(SPEC: tl.constexpr):
     sums = ()
-    for i in tl.static_range(depth(SPEC)):
-        if get(SPEC, "activation") == "leaky_relu":
-            zero = zero_octets(get(SPEC, "warps"), width(i, SPEC), widest(i, SPEC), narrowest(i, SPEC))
-            sums = sums + (zero,)
-        else:
-            sums = sums + ((),)
+    for i in tl.static_range(layers_with_params(SPEC)):
+        layer = ()
+        for _ in tl.static_range(params_each(SPEC)):
+            layer = layer + (
+                zero_octets(get(SPEC, "warps"), width(i, SPEC), widest(i, SPEC), narrowest(i, SPEC)),
+            )
+        sums = sums + (layer,)
     return sums
+
+
+@triton.jit
+def store_param_sums(pointers, sums, program, SPEC: tl.constexpr):
+    for i in tl.static_range(len(sums)):
+        for n in tl.static_range(len(sums[i])):
+            target = pointers[i * params_each(SPEC) + n] + program * width(i, SPEC)
+            store_octets(target, sums[i][n], width(i, SPEC), widest(i, SPEC), narrowest(i, SPEC))
 
 
 @triton.jit
@@ -122,13 +132,13 @@ def packed_tokens_kernel(
     owners,
     units,
     grads,
-    grad_slopes,
+    grad_params,
     grad_last_weight,
     grad_last_bias,
     SPEC: tl.constexpr,
 ):
     """dL/dk and dL/dv per token; dL/dq but for its way through c, and dL/dc, per sequence, side by side in
-    `grad_first [B, D + H1]`; of the slopes and the last layer the gradients per program; and per token its sequence,
+    `grad_first [B, D + H1]`; of the params and the last layer the gradients per program; and per token its sequence,
     `owners`, and per hidden layer its `units`, but of the last, and the gradient of its pre-activations, `grads`."""
     D: tl.constexpr = get(SPEC, "dim")
     DV: tl.constexpr = get(SPEC, "value_dim")
@@ -145,11 +155,11 @@ def packed_tokens_kernel(
     if begin >= end:
         return
     sequence = find_sequence(data.offsets, batch, begin)
-    layers, slopes, last = load_network(net, SPEC)
+    layers, params, last = load_network(net, SPEC)
     back = load_back(upstream.back, 0, SPEC)
     key, product = load_resident(net.key, SPEC), load_resident(net.product, SPEC)
     token = tl.arange(0, BLOCK)
-    slope_sums = zero_slope_sums(SPEC)
+    param_sums = zero_param_sums(SPEC)
     last_sum = zero_octets(
         get(SPEC, "warps"), width(n - 1, SPEC), widest(n - 1, SPEC), narrowest(n - 1, SPEC)
     )
@@ -169,12 +179,13 @@ def packed_tokens_kernel(
             q = load_queries(data, sequence, member, SPEC)
             chosen = one_hot(identity, tl.where(valid, member, GROUP))  # [BLOCK, GROUP]
             x = k + multiply(q, k, APPROX) + (chosen,)
-            zs, hs, outputs = run_layers(x, first, layers, slopes, DTYPE, SPEC)
+            noise = noise_of(net, row + token, SPEC)
+            zs, hs, outputs = run_layers(x, first, layers, params, noise, DTYPE, SPEC)
             s = score(hs[n - 1], last)  # [BLOCK]
             owner = sequence + member
             a, ds = attend_backward(s, v, chosen, grad_out, upstream, row, owner, valid, SPEC)
-            dhs, dzs = run_layers_backward(ds, zs, hs, outputs, back, slopes, SPEC)
-            slope_sums = add_slope_sums(slope_sums, zs, dhs)
+            dhs, dzs = run_layers_backward(ds, zs, hs, outputs, back, params, noise, SPEC)
+            param_sums = add_param_sums(param_sums, zs, dhs, params, SPEC)
             last_sum = add_octets(times_rows(ds, hs[n - 1]), last_sum)
             last_bias_sum += ds
             dz = in_dtype(first_dz(dzs, last, SPEC), DTYPE)
@@ -208,10 +219,7 @@ def packed_tokens_kernel(
         store_members(target + D, own + D, grad_c, whole, cut, H1, H1_SLAB)
         begin = stop
         sequence += count
-    if get(SPEC, "activation") == "leaky_relu":
-        for i in tl.static_range(n):
-            target = grad_slopes[i] + program * width(i, SPEC)
-            store_octets(target, slope_sums[i], width(i, SPEC), widest(i, SPEC), narrowest(i, SPEC))
+    store_param_sums(grad_params, param_sums, program, SPEC)
     target = grad_last_weight + program * width(n - 1, SPEC)
     store_octets(target, last_sum, width(n - 1, SPEC), widest(n - 1, SPEC), narrowest(n - 1, SPEC))
     tl.store(grad_last_bias + program, tl.sum(last_bias_sum))
@@ -322,7 +330,7 @@ def packed_backward(call: Call) -> WeightSums:
         call.grad_first,
         part,
         *left,
-        sums["slopes"],
+        sums["params"],
         sums["last_weight"],
         sums["last_bias"],
         SPEC=call.spec(tokens),

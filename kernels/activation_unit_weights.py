@@ -1,23 +1,25 @@
-"""activation_unit backward, the kernel of the weights behind the first layer and of all slopes."""
+"""activation_unit backward, the kernel of the weights behind the first layer and of all params."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-from .arguments import depth, get, narrowest, widest, width
+from .arguments import depth, get, layers_with_params, narrowest, params_each, widest, width
 from .attend_backward import attend_backward, load_sequence
+from .dropout import noise_of
 from .histories import load_tile, part_at, position_of, share_of
-from .mlp import load_network, run_layers, score
+from .mlp import load_network, params_of, run_layers, score
 from .mlp_backward import load_back, run_layers_backward, with_fresh_vectors
+from .primitives import param_terms
 from .schedule import find_sequence
 from .sums import add_matrix, add_octets, in_dtype, outer_sum, store_octets, zero_matrix, zero_octets
 
 
 @triton.jit
 def zero_sums(SPEC: tl.constexpr):
-    """Per hidden layer after the first, sums for its transposed weight and its bias; per hidden layer,
-    for its slopes."""
+    """Per hidden layer after the first, sums for its transposed weight and its bias; per hidden layer with units,
+    for its params."""
     sums = ()
     for i in tl.static_range(1, depth(SPEC)):
         weight = zero_matrix(
@@ -26,15 +28,15 @@ def zero_sums(SPEC: tl.constexpr):
         sums = sums + (
             (weight, zero_octets(get(SPEC, "warps"), width(i, SPEC), widest(i, SPEC), narrowest(i, SPEC))),
         )
-    slope_sums = ()
-    for i in tl.static_range(depth(SPEC)):
-        if get(SPEC, "activation") == "leaky_relu":
-            slope_sums = slope_sums + (
+    param_sums = ()
+    for i in tl.static_range(layers_with_params(SPEC)):
+        layer = ()
+        for _ in tl.static_range(params_each(SPEC)):
+            layer = layer + (
                 zero_octets(get(SPEC, "warps"), width(i, SPEC), widest(i, SPEC), narrowest(i, SPEC)),
             )
-        else:
-            slope_sums = slope_sums + ((),)
-    return sums, slope_sums
+        param_sums = param_sums + (layer,)
+    return sums, param_sums
 
 
 @triton.jit
@@ -57,17 +59,20 @@ def add_layer_sums(sums, outputs, dzs, SPEC: tl.constexpr):
 
 
 @triton.jit
-def add_slope_sums(slope_sums, zs, dhs):
-    """Of dL/dh·min(z, 0); of the last layer dhs has dL/ds, as its e stands for dL/dz."""
+def add_param_sums(param_sums, zs, dhs, params, SPEC: tl.constexpr):
+    """Of dL/dh·dh/dparam, which of the last layer want the weight behind it."""
     out = ()
-    for i in tl.static_range(len(slope_sums)):
+    for i in tl.static_range(len(param_sums)):
         layer = ()
-        for j in tl.static_range(len(slope_sums[i])):
-            if i == len(slope_sums) - 1:
-                layer = layer + (dhs[0][:, None] * tl.minimum(zs[i][j], 0.0),)
-            else:
-                layer = layer + (dhs[len(slope_sums) - 1 - i][j] * tl.minimum(zs[i][j], 0.0),)
-        out = out + (add_octets(layer, slope_sums[i]),)
+        for n in tl.static_range(len(param_sums[i])):
+            terms = ()
+            for j in tl.static_range(len(zs[i])):
+                by_param = param_terms(
+                    zs[i][j], params_of(params[i], j), get(SPEC, "activation"), get(SPEC, "approx")
+                )
+                terms = terms + (dhs[depth(SPEC) - 1 - i][j] * by_param[n],)
+            layer = layer + (add_octets(terms, param_sums[i][n]),)
+        out = out + (layer,)
     return out
 
 
@@ -87,12 +92,12 @@ def weights_kernel(
     upstream,
     grad_weights,
     grad_biases,
-    grad_slopes,
+    grad_params,
     grad_last_weight,
     grad_last_bias,
     SPEC: tl.constexpr,
 ):
-    """The gradients of the layers behind the first, and of all slopes, per program."""
+    """The gradients of the layers behind the first, and of all params, per program."""
     BLOCK: tl.constexpr = get(SPEC, "block")
     DTYPE: tl.constexpr = net.key.dtype.element_ty
     n: tl.constexpr = depth(SPEC)
@@ -101,10 +106,10 @@ def weights_kernel(
     if begin >= end:
         return
     sequence = find_sequence(data.offsets, batch, begin)
-    layers, slopes, last = load_network(net, SPEC)
-    back = load_back(upstream.back, 0 if get(SPEC, "activation") == "leaky_relu" else 1, SPEC)
+    layers, _params, last = load_network(net, SPEC)
+    back = load_back(upstream.back, 0 if layers_with_params(SPEC) > 0 else 1, SPEC)
     token = tl.arange(0, BLOCK)
-    sums, slope_sums = zero_sums(SPEC)
+    sums, param_sums = zero_sums(SPEC)
     last_sum = zero_octets(
         get(SPEC, "warps"), width(n - 1, SPEC), widest(n - 1, SPEC), narrowest(n - 1, SPEC)
     )
@@ -118,12 +123,13 @@ def weights_kernel(
             rest = (stop - start).to(tl.int32)
             k, v = load_tile(data, position, token < rest, SPEC)
             again = with_fresh_vectors(net, owner, first, layers, last, rest, SPEC)
-            zs, hs, outputs = run_layers(k, again[0], again[1], slopes, DTYPE, SPEC)
+            noise = noise_of(net, start + token, SPEC)
+            zs, hs, outputs = run_layers(k, again[0], again[1], again[3], noise, DTYPE, SPEC)
             s = score(hs[n - 1], again[2])  # [BLOCK]
             _a, ds = attend_backward(s, v, grads, upstream.grad_scores + position, rest, SPEC)
-            dhs, dzs = run_layers_backward(ds, zs, hs, outputs, back, slopes, SPEC)
+            dhs, dzs = run_layers_backward(ds, zs, hs, outputs, back, again[3], noise, SPEC)
             sums = add_layer_sums(sums, outputs, dzs, SPEC)
-            slope_sums = add_slope_sums(slope_sums, zs, dhs)
+            param_sums = add_param_sums(param_sums, zs, dhs, again[3], SPEC)
             last_sum = add_octets(times_rows(ds, hs[n - 1]), last_sum)
             last_bias_sum += ds
             position += BLOCK
@@ -134,10 +140,10 @@ def weights_kernel(
         store_matrix_of(target, sums[i - 1][0], i, SPEC)
         target = grad_biases[i - 1] + program * width(i, SPEC)
         store_octets(target, sums[i - 1][1], width(i, SPEC), widest(i, SPEC), narrowest(i, SPEC))
-    if get(SPEC, "activation") == "leaky_relu":
-        for i in tl.static_range(n):
-            target = grad_slopes[i] + program * width(i, SPEC)
-            store_octets(target, slope_sums[i], width(i, SPEC), widest(i, SPEC), narrowest(i, SPEC))
+    for i in tl.static_range(len(param_sums)):
+        for j in tl.static_range(len(param_sums[i])):
+            target = grad_params[i * params_each(SPEC) + j] + program * width(i, SPEC)
+            store_octets(target, param_sums[i][j], width(i, SPEC), widest(i, SPEC), narrowest(i, SPEC))
     target = grad_last_weight + program * width(n - 1, SPEC)
     store_octets(target, last_sum, width(n - 1, SPEC), widest(n - 1, SPEC), narrowest(n - 1, SPEC))
     tl.store(grad_last_bias + program, tl.sum(last_bias_sum))

@@ -31,9 +31,10 @@ class Network(NamedTuple):
     first_bias: Tensor  # [B, H1]
     weights: tuple[Tensor, ...]  # [H2, H1], ...
     biases: tuple[Tensor, ...]  # [H2], ...
-    slopes: tuple[Tensor, ...]  # [H1], [H2], ...
+    params: tuple[Tensor, ...]  # [H1], ..., [H2], ...: those of the activation, layer after layer
     last_weight: Tensor  # [Hn]
     last_bias: Tensor  # [1]
+    noise: Tensor  # [1], int32, the key of dropout
 
 
 class Upstream(NamedTuple):
@@ -93,10 +94,16 @@ class Spec:
     split: bool = False  # products of float32 as sums of products of parts, forward only
     warps: int = 1  # that share a tile
     scored: bool = False  # forward reads the scores instead of computing them
+    dropped: int = 0  # of 2^16 hidden units
+    statistics: bool = False  # of the last hidden layer, in place of scores
 
     @property
     def softmax(self) -> bool:
         return self.normalize == "softmax"
+
+
+# Vectors over the units that an activation takes, as `primitives.activate` knows it.
+PARAMS = {"leaky_relu": 1, "dice": 3, "half_dice": 3}
 
 
 @triton.constexpr_function
@@ -109,6 +116,26 @@ def get(spec, name):
 def depth(spec):
     """The number of hidden layers."""
     return len(spec.hidden)
+
+
+@triton.constexpr_function
+def params_each(spec):
+    """How many vectors of `Network.params` a hidden layer has."""
+    return PARAMS.get(spec.activation, 0)
+
+
+@triton.constexpr_function
+def params_loaded(layer, total, spec):
+    """As many of a hidden layer, but of the last one all that is left of the total: where its statistics are wanted
+    none on the way forward, and those of `last_units_backward` on the way back."""
+    each = PARAMS.get(spec.activation, 0)
+    return total - layer * each if layer == len(spec.hidden) - 1 else each
+
+
+@triton.constexpr_function
+def layers_with_params(spec):
+    """Of how many hidden layers the params have gradients."""
+    return len(spec.hidden) - spec.statistics if spec.activation in PARAMS else 0
 
 
 @triton.constexpr_function

@@ -20,21 +20,38 @@ def load_sequence(data, net, upstream, sequence, PURE: tl.constexpr, SPEC: tl.co
         data.query + sequence * get(SPEC, "query_stride"), get(SPEC, "dim"), get(SPEC, "dim_slab")
     )
     first = first_layer(net, q, sequence, PURE, SPEC)
+    if get(SPEC, "statistics"):
+        return q, first, ()
+    else:
+        return q, first, load_upstream(upstream, sequence, SPEC)
+
+
+@triton.jit
+def load_upstream(upstream, sequence, SPEC: tl.constexpr):
     DV: tl.constexpr = get(SPEC, "value_dim")
     grad_out = upstream.grad_out + sequence * DV
     across = load_padded(grad_out, DV, get(SPEC, "dim_slab"), 8, False)  # [DV, 8]
     along = load_padded(grad_out, DV, get(SPEC, "dim_slab"), 16, True)  # [16, DV]
     delta = tl.load(upstream.delta + sequence) * LN_2
     log_mass = tl.load(upstream.lse + sequence) * LOG2_E
-    return q, first, (across, along, delta, log_mass)
+    return across, along, delta, log_mass
 
 
 @triton.jit
 def attend_backward(s, v, grads, grad_scores, rest, SPEC: tl.constexpr):
-    """The attention a and dL/ds, `[tokens]`, from the scores s; both zero past the end of the sequence."""
-    across, _along, delta, log_mass = grads
+    """The attention a and dL/ds, `[tokens]`, from the scores s; both zero past the end of the sequence. Where
+    statistics are wanted, the sum over all tokens is differentiated."""
     token = tl.arange(0, get(SPEC, "block"))
     valid = token < rest
+    if get(SPEC, "statistics"):
+        return valid.to(tl.float32), valid.to(tl.float32)
+    else:
+        return weights_backward(s, v, grads, grad_scores, token, valid, SPEC)
+
+
+@triton.jit
+def weights_backward(s, v, grads, grad_scores, token, valid, SPEC: tl.constexpr):
+    across, _along, delta, log_mass = grads
     products = tl.zeros([get(SPEC, "block"), 8], tl.float32)
     for i in tl.static_range(len(v)):
         products = dot(v[i], across[i], products, get(SPEC, "precision"))

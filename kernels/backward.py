@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import settings
 from .activation_unit import specialize
-from .arguments import Histories, Spec, Upstream
+from .arguments import PARAMS, Histories, Spec, Upstream
 from .normal_form import NormalForm
 from .tuning import tuned
 
@@ -26,17 +26,18 @@ class Call(NamedTuple):
     grad_value: Tensor | None
     grad_first: Tensor  # [B, D + H1], dL/dq but for its way through c, and dL/dc
     with_scores: bool
+    statistics: bool  # of the last hidden layer, in place of scores
 
     def spec(self, launch: settings.Launch, products: str | None = None) -> Spec:
         """Of a kernel, whose products of float32 may be others than the forward kernel's."""
         spec = specialize(self.unit, self.data, self.net, launch, self.with_scores)
         widest, narrowest = spec.last_slab
         # A product that reads the gradient of the last layer needs 16 columns of it.
-        if len(spec.hidden) > 2 or spec.activation == "leaky_relu":
+        if len(spec.hidden) > 2 or spec.activation in PARAMS:
             narrowest = max(narrowest, 16)
         return replace(
             spec,
-            warps=launch.num_warps,
+            statistics=self.statistics,
             last_slab=(widest, narrowest),
             precision=products or spec.precision,
         )
@@ -58,7 +59,7 @@ class WeightSums(NamedTuple):
     product: Tensor
     weights: list[Tensor]
     biases: list[Tensor]
-    slopes: list[Tensor]
+    params: list[Tensor]  # but, where statistics are wanted, of the last layer
     last_weight: Tensor
     last_bias: Tensor
 
@@ -69,7 +70,7 @@ class WeightSums(NamedTuple):
         product: Tensor,
         weights: Sequence[Tensor],
         biases: Sequence[Tensor],
-        slopes: Sequence[Tensor],
+        params: Sequence[Tensor],
         last_weight: Tensor,
         last_bias: Tensor,
     ) -> WeightSums:
@@ -79,7 +80,7 @@ class WeightSums(NamedTuple):
             product.sum(0).t(),
             [w.sum(0).t() for w in weights],
             [b.sum(0) for b in biases],
-            [s.sum(0) for s in slopes],
+            [p.sum(0) for p in params],
             last_weight.sum(0),
             last_bias.sum(0),
         )
@@ -87,14 +88,15 @@ class WeightSums(NamedTuple):
 
 def program_sums(call: Call, first: int, later: int, last: int) -> dict[str, Any]:
     """Zeros for `WeightSums.of_programs`: as many as programs make sums of the first layer, of the hidden layers behind
-    it, and of the last layer and the slopes."""
+    it, and of the last layer and the params."""
     network, zeros = call.net.network, call.upstream.lse.new_zeros
+    with_params = PARAMS.get(call.net.form.kernel, 0) * (len(call.net.hidden) - call.statistics)
     return {
         "key": zeros(first, *network.key.t().shape),
         "product": zeros(first, *network.product.t().shape),
         "weights": tuple(zeros(later, *w.t().shape) for w in network.weights),
         "biases": tuple(zeros(later, *b.shape) for b in network.biases),
-        "slopes": tuple(zeros(last, *s.shape) for s in network.slopes),
+        "params": tuple(zeros(last, *p.shape) for p in network.params[:with_params]),
         "last_weight": zeros(last, call.net.hidden[-1]),
         "last_bias": zeros(last, 1),
     }

@@ -5,7 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .arguments import depth, get, narrowest, widest, width
+from .arguments import depth, get, narrowest, params_each, params_loaded, widest, width
+from .dropout import drop
 from .primitives import (
     activate,
     dot,
@@ -22,8 +23,29 @@ def load_units(pointer, LAYER: tl.constexpr, SPEC: tl.constexpr):
 
 
 @triton.jit
+def load_params(net, zero, SPEC: tl.constexpr):
+    """Per hidden layer the vectors that its activation takes. `zero` is added to their addresses."""
+    params = ()
+    for i in tl.static_range(depth(SPEC)):
+        vectors = ()
+        for j in tl.static_range(params_loaded(i, len(net.params), SPEC)):
+            vectors = vectors + (load_units(net.params[i * params_each(SPEC) + j] + zero, i, SPEC),)
+        params = params + (vectors,)
+    return params
+
+
+@triton.jit
+def params_of(params, j: tl.constexpr):
+    """For slab j of a layer, as rows that broadcast over its tokens."""
+    rows = ()
+    for i in tl.static_range(len(params)):
+        rows = rows + (params[i][j][None, :],)
+    return rows
+
+
+@triton.jit
 def load_network(net, SPEC: tl.constexpr):
-    """What all sequences share: per hidden layer after the first its (weight, bias), the slopes, and the last
+    """What all sequences share: per hidden layer after the first its (weight, bias), the params, and the last
     layer's (weight, bias)."""
     layers = ()
     for i in tl.static_range(1, depth(SPEC)):
@@ -36,14 +58,9 @@ def load_network(net, SPEC: tl.constexpr):
             get(SPEC, "slab"),
         )
         layers = layers + ((weight, load_units(net.biases[i - 1], i, SPEC)),)
-    slopes = ()
-    for i in tl.static_range(depth(SPEC)):
-        if get(SPEC, "activation") == "leaky_relu":
-            slopes = slopes + (load_units(net.slopes[i], i, SPEC),)
-        else:
-            slopes = slopes + ((),)
+    params = load_params(net, 0, SPEC)
     last = (load_units(net.last_weight, depth(SPEC) - 1, SPEC), tl.load(net.last_bias))
-    return layers, slopes, last
+    return layers, params, last
 
 
 @triton.jit
@@ -61,8 +78,9 @@ def first_layer(net, q, sequence, PURE: tl.constexpr, SPEC: tl.constexpr):
 
 
 @triton.jit
-def hidden_layer(inputs, layer, slopes, DTYPE: tl.constexpr, SPEC: tl.constexpr):
-    """The pre-activations of a layer, its units, and these as the inputs of the next, in DTYPE.
+def hidden_layer(inputs, layer, params, noise, LAYER: tl.constexpr, DTYPE: tl.constexpr, SPEC: tl.constexpr):
+    """The pre-activations of a layer, its units, and these as the inputs of the next, in DTYPE. Where statistics are
+    wanted, the last layer has no units of its own.
 
     Slab after slab, so that each leaves the registers as soon as possible.
     """
@@ -74,8 +92,11 @@ def hidden_layer(inputs, layer, slopes, DTYPE: tl.constexpr, SPEC: tl.constexpr)
         z = tl.broadcast_to(bias[j][None, :], [inputs[0].shape[0], bias[j].shape[0]])
         for i in tl.static_range(len(inputs)):
             z = dot(inputs[i], tl.trans(weight[j * len(inputs) + i]), z, get(SPEC, "precision"))
-        slope = slopes[j][None, :] if len(slopes) > 0 else 0.0
-        h = activate(z, slope, get(SPEC, "activation"), get(SPEC, "approx"))
+        if get(SPEC, "statistics") and LAYER == depth(SPEC) - 1:
+            h = z
+        else:
+            h = activate(z, params_of(params, j), get(SPEC, "activation"), get(SPEC, "approx"))
+            h = drop(h, noise, j, LAYER, SPEC)
         zs = zs + (z,)
         hs = hs + (h,)
         outputs = outputs + (h.to(DTYPE),)
@@ -83,14 +104,14 @@ def hidden_layer(inputs, layer, slopes, DTYPE: tl.constexpr, SPEC: tl.constexpr)
 
 
 @triton.jit
-def run_layers(k, first, layers, slopes, DTYPE: tl.constexpr, SPEC: tl.constexpr):
+def run_layers(k, first, layers, params, noise, DTYPE: tl.constexpr, SPEC: tl.constexpr):
     """The hidden layers over a tile of keys: per layer its pre-activations, its units, and these in DTYPE."""
-    z, h, inputs = hidden_layer(k, first, slopes[0], DTYPE, SPEC)
+    z, h, inputs = hidden_layer(k, first, params[0], noise, 0, DTYPE, SPEC)
     zs = (z,)
     hs = (h,)
     outputs = (inputs,)
     for i in tl.static_range(len(layers)):
-        z_next, h_next, output = hidden_layer(outputs[i], layers[i], slopes[i + 1], DTYPE, SPEC)
+        z_next, h_next, output = hidden_layer(outputs[i], layers[i], params[i + 1], noise, i + 1, DTYPE, SPEC)
         zs = zs + (z_next,)
         hs = hs + (h_next,)
         outputs = outputs + (output,)

@@ -12,13 +12,14 @@ import triton
 import triton.language as tl
 
 from .arguments import depth, get, narrowest, widest, width
-from .mlp import load_units
+from .dropout import drop
+from .mlp import load_params, load_units, params_of
 from .primitives import activate_backward, dot, load_matrix, times_tanh_slope
 
 
 @triton.jit
 def with_fresh_vectors(net, sequence, first, layers, last, rest, SPEC: tl.constexpr):
-    """`(first, layers, last)` with their vectors loaded again: held over all tiles of a sequence they would
+    """`(first, layers, last, params)` with their vectors loaded again: held over all tiles of a sequence they would
     take registers that a tile needs more. `rest`, the rows left, is positive, so that its sign, which is added
     to the addresses, is zero; but the compiler does not know, and cannot load ahead of the loop."""
     zero = (rest >> 31) * 16  # keeps them aligned
@@ -27,7 +28,7 @@ def with_fresh_vectors(net, sequence, first, layers, last, rest, SPEC: tl.conste
         again = again + ((layers[i][0], load_units(net.biases[i] + zero, i + 1, SPEC)),)
     first_bias = load_units(net.first_bias + sequence * width(0, SPEC) + zero, 0, SPEC)
     last_weight = load_units(net.last_weight + zero, depth(SPEC) - 1, SPEC)
-    return (first[0], first_bias), again, (last_weight, last[1])
+    return (first[0], first_bias), again, (last_weight, last[1]), load_params(net, zero, SPEC)
 
 
 @triton.jit
@@ -65,49 +66,60 @@ def times_weight(dz, weight, acc, SPEC: tl.constexpr):
 
 
 @triton.jit
-def last_units_backward(ds, zs, hs, slopes, SPEC: tl.constexpr):
-    """`e = dL/ds·act'(z)` of the last hidden layer: its dL/dz but for the weight behind it."""
+def last_units_backward(ds, zs, hs, params, noise, SPEC: tl.constexpr):
+    """dL/dh and `e = dL/ds·act'(z)` of the last hidden layer, which are its gradients but for the weight behind it.
+    Where statistics are wanted, they are a linear function of z."""
+    dhs = ()
     out = ()
     for j in tl.static_range(len(zs)):
-        if get(SPEC, "activation") == "tanh":
+        param = params_of(params, j)
+        grad = tl.broadcast_to(ds[:, None], zs[j].shape)
+        if get(SPEC, "statistics"):
+            dz = grad * (param[0] + param[1] * zs[j])
+        elif get(SPEC, "activation") == "tanh" and get(SPEC, "dropped") == 0:
             turned = hs[j] * -ds[:, None]
-            out = out + (turned * hs[j] + ds[:, None],)
+            dz = turned * hs[j] + ds[:, None]
         else:
-            slope = slopes[j][None, :] if len(slopes) > 0 else 0.0
-            grad = tl.broadcast_to(ds[:, None], zs[j].shape)
-            dz = activate_backward(grad, zs[j], hs[j], slope, get(SPEC, "activation"), get(SPEC, "approx"))
-            out = out + (dz,)
-    return out
+            grad = drop(grad, noise, j, depth(SPEC) - 1, SPEC)
+            dz = activate_backward(grad, zs[j], hs[j], param, get(SPEC, "activation"), get(SPEC, "approx"))
+        dhs = dhs + (grad,)
+        out = out + (dz,)
+    return dhs, out
 
 
 @triton.jit
-def units_backward(dh, zs, hs, outputs, slopes, SPEC: tl.constexpr):
+def units_backward(dh, zs, hs, outputs, params, SPEC: tl.constexpr):
     """dL/dz from dL/dh, the latter with the sign that the matrices of the way back have."""
     out = ()
     for j in tl.static_range(len(zs)):
         if get(SPEC, "activation") == "tanh":
             out = out + (times_tanh_slope(dh[j], outputs[j], get(SPEC, "approx")),)
         else:
-            slope = slopes[j][None, :] if len(slopes) > 0 else 0.0
-            dz = activate_backward(dh[j], zs[j], hs[j], slope, get(SPEC, "activation"), get(SPEC, "approx"))
+            dz = activate_backward(
+                dh[j], zs[j], hs[j], params_of(params, j), get(SPEC, "activation"), get(SPEC, "approx")
+            )
             out = out + (dz,)
     return out
 
 
 @triton.jit
-def run_layers_backward(ds, zs, hs, outputs, back, slopes, SPEC: tl.constexpr):
+def run_layers_backward(ds, zs, hs, outputs, back, params, noise, SPEC: tl.constexpr):
     """Of each hidden layer dL/dh and dL/dz, the last layer first, as far as `back` leads; of the last hidden
-    layer ds for the former and e for the latter."""
+    layer those of `last_units_backward`."""
     n: tl.constexpr = depth(SPEC) - 1
-    dhs = (ds,)
-    dzs = (last_units_backward(ds, zs[n], hs[n], slopes[n], SPEC),)
+    dh_last, dz_last = last_units_backward(ds, zs[n], hs[n], params[n], noise, SPEC)
+    dhs = (dh_last,)
+    dzs = (dz_last,)
     for i in tl.static_range(len(back)):
         zero = ()
         for j in tl.static_range(len(zs[n - 1 - i])):
             zero = zero + (tl.zeros(zs[n - 1 - i][j].shape, tl.float32),)
         dh = times_weight(dzs[i], back[i], zero, SPEC)
-        dhs = dhs + (dh,)
-        dz = units_backward(dh, zs[n - 1 - i], hs[n - 1 - i], outputs[n - 1 - i], slopes[n - 1 - i], SPEC)
+        kept = ()
+        for j in tl.static_range(len(dh)):
+            kept = kept + (drop(dh[j], noise, j, n - 1 - i, SPEC),)
+        dhs = dhs + (kept,)
+        dz = units_backward(kept, zs[n - 1 - i], hs[n - 1 - i], outputs[n - 1 - i], params[n - 1 - i], SPEC)
         dzs = dzs + (dz,)
     return dhs, dzs
 

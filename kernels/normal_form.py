@@ -33,7 +33,9 @@ class Form(NamedTuple):
     shift: float = 0.0
 
 
-FOLDED = {"sigmoid": Form("tanh", 0.5, 0.5, 0.5), "silu": Form("half_silu", 0.5)}
+FOLDED = {"sigmoid": Form("tanh", 0.5, 0.5, 0.5), "silu": Form("half_silu", 0.5), "dice": Form("half_dice")}
+# A dropped unit is 0, so that what a kernel has as u may have no shift.
+DROPPED = FOLDED | {"sigmoid": Form("twice_sigmoid", 0.5, 0.5)}
 PLAIN = {"prelu": Form("leaky_relu")}
 # What turns scores to base 2, where an exponential of them is taken.
 BASE_2 = {"softmax": math.log2(math.e), "exp": math.log2(math.e), "sigmoid": -math.log2(math.e)}
@@ -60,8 +62,11 @@ def normal_form(unit: Any, bounded_half: bool = False, split: bool = False) -> N
     plain = PLAIN.get(unit.activation, Form(unit.activation))
     folded = {}
     if torch.version.hip is None:
-        folded = FOLDED if precision != "ieee" else SPLIT if split else {}
+        fast = FOLDED if unit.dropout is None else DROPPED
+        folded = fast if precision != "ieee" else SPLIT if split else {}
     form = folded.get(unit.activation, plain)
+    if unit.dropout is not None:
+        form = form._replace(gain=form.gain * unit.dropout.gain)
     last_factor = unit.scale * BASE_2.get(unit.normalize, 1.0)
     dtype = unit.keys.dtype
     approx = precision != "ieee" and torch.version.hip is None and not triton.knobs.runtime.interpret
@@ -79,9 +84,10 @@ def normal_form(unit: Any, bounded_half: bool = False, split: bool = False) -> N
         first_bias=first[2],
         weights=tuple(w.contiguous() for w in inner_weights),
         biases=tuple(_shifted(w, b, form, form.inner) for w, b in zip(weights, biases, strict=True)),
-        slopes=_slopes(unit),
+        params=_params(unit, form),
         last_weight=_scaled(last_weight, last_factor * form.gain).flatten(),
         last_bias=_shifted(last_weight, last_bias, form, last_factor),
+        noise=unit.offsets if unit.dropout is None else unit.dropout.key,
     )
     hidden = (unit.first.bias.shape[1], *(b.shape[0] for b in biases))
     return NormalForm(network, hidden, precision, approx, form, last_factor)
@@ -136,12 +142,30 @@ def _shifted(weight: Tensor, bias: Tensor, form: Form, factor: float) -> Tensor:
     return _scaled(bias + form.shift * weight.sum(1) if form.shift else bias, factor)
 
 
-def _slopes(unit: Any) -> tuple[Tensor, ...]:
-    """One slope per hidden unit, whether they came as one number, one per layer, or one per unit."""
+# half_dice has (½ - ½·alpha, ½·scale, ½·shift), so that half the gate of dice is left to its tanh.
+HALF_DICE = ((-0.5, 0.5), (0.5, 0.0), (0.5, 0.0))
+
+
+def _params(unit: Any, form: Form) -> tuple[Tensor, ...]:
+    """The vectors of all hidden layers, one element per unit, however they came."""
     widths = [unit.first.bias.shape[1], *(b.shape[0] for b in unit.biases[:-1])]
     like = unit.first.bias
-    if unit.activation == "prelu":
-        return tuple(s.expand(n).contiguous() for (s,), n in zip(unit.params, widths, strict=True))
-    if unit.activation == "leaky_relu":
-        return tuple(like.new_full((n,), s) for (s,), n in zip(unit.params, widths, strict=True))
-    return ()
+    vectors = []
+    for params, width in zip(unit.params, widths, strict=True):
+        for index, param in enumerate(params):
+            vector = param.expand(width) if isinstance(param, Tensor) else like.new_full((width,), param)
+            if form.kernel == "half_dice":
+                factor, shift = HALF_DICE[index]
+                vector = vector * factor + shift
+            vectors.append(vector.contiguous())
+    return tuple(vectors)
+
+
+def param_gradients(unit: Any, net: NormalForm, sums: Sequence[Tensor]) -> list[Tensor]:
+    """From those of the normal form's params to those of the unit's, where these are tensors."""
+    indexed = [(index, param) for layer in unit.params for index, param in enumerate(layer)]
+    return [
+        _scaled(grad, HALF_DICE[index][0] if net.form.kernel == "half_dice" else 1.0).sum_to_size(param.shape)
+        for grad, (index, param) in zip(sums, indexed, strict=True)
+        if isinstance(param, Tensor)
+    ]

@@ -226,15 +226,46 @@ def multiply_add(a, b, c, APPROX: tl.constexpr, PURE: tl.constexpr = False):
 
 
 @triton.jit
-def activate(z, slope, ACTIVATION: tl.constexpr, APPROX: tl.constexpr):
-    """`half_silu(z)` is silu(2z) = z·tanh(z) + z, `logistic2(z)` sigmoid(-z·ln 2); the others are what they are
-    called."""
+def gate(z, params, ACTIVATION: tl.constexpr, APPROX: tl.constexpr):
+    """What dice multiplies z by, and its derivatives by `scale·z + shift` and by alpha.
+
+    With (alpha, scale, shift) it is `alpha + (1 - alpha)·sigmoid(scale·z + shift)`; for half_dice, which has other
+    ones, `1 - alpha + alpha·tanh(scale·z + shift)`."""
+    alpha, scale, shift = params
+    if ACTIVATION == "dice":
+        p = 1 / (1 + tl.exp(-(scale * z + shift)))
+        return alpha + (1 - alpha) * p, (1 - alpha) * p * (1 - p), 1 - p
+    else:
+        t = tanh(scale * z + shift, APPROX)
+        return alpha * t + (1 - alpha), alpha - alpha * t * t, t - 1
+
+
+@triton.jit
+def param_terms(z, params, ACTIVATION: tl.constexpr, APPROX: tl.constexpr):
+    """The derivatives of activate(z) by its params, tiles as z."""
+    if ACTIVATION == "leaky_relu":
+        return (tl.minimum(z, 0.0),)
+    else:
+        _gate, by_argument, by_alpha = gate(z, params, ACTIVATION, APPROX)
+        through = z * by_argument
+        return z * by_alpha, through * z, through
+
+
+@triton.jit
+def activate(z, params, ACTIVATION: tl.constexpr, APPROX: tl.constexpr):
+    """`half_silu(z)` is silu(2z) = z·tanh(z) + z, `logistic2(z)` sigmoid(-z·ln 2), `twice_sigmoid(z)` 2·sigmoid(2z) =
+    tanh(z) + 1; the others are what they are called. `params` are vectors over the units, `[1, units]`: a slope, or
+    those of `gate`."""
     if ACTIVATION == "tanh":
         return tanh(z, APPROX)
     elif ACTIVATION == "sigmoid":
         return 1 / (1 + tl.exp(-z))
     elif ACTIVATION == "logistic2":
         return 1 / (1 + tl.exp2(z))
+    elif ACTIVATION == "twice_sigmoid":
+        return tanh(z, APPROX) + 1
+    elif ACTIVATION == "dice" or ACTIVATION == "half_dice":
+        return z * gate(z, params, ACTIVATION, APPROX)[0]
     elif ACTIVATION == "half_silu":
         return z * tanh(z, APPROX) + z
     elif ACTIVATION == "silu":
@@ -244,19 +275,24 @@ def activate(z, slope, ACTIVATION: tl.constexpr, APPROX: tl.constexpr):
     elif ACTIVATION == "relu":
         return tl.maximum(z, 0.0)
     elif ACTIVATION == "leaky_relu":
-        return tl.where(z > 0, z, slope * z)
+        return tl.where(z > 0, z, params[0] * z)
     else:
         tl.static_assert(ACTIVATION == "identity")
         return z
 
 
 @triton.jit
-def activate_backward(grad, z, h, slope, ACTIVATION: tl.constexpr, APPROX: tl.constexpr):
+def activate_backward(grad, z, h, params, ACTIVATION: tl.constexpr, APPROX: tl.constexpr):
     """dL/dz from dL/dh, where h = activate(z)."""
     if ACTIVATION == "tanh":
         return grad * (1 - h * h)
     elif ACTIVATION == "sigmoid":
         return grad * h * (1 - h)
+    elif ACTIVATION == "twice_sigmoid":
+        return grad * h * (2 - h)
+    elif ACTIVATION == "dice" or ACTIVATION == "half_dice":
+        g, slope, _by_alpha = gate(z, params, ACTIVATION, APPROX)
+        return grad * (g + z * slope * params[1])
     elif ACTIVATION == "half_silu":
         t = tanh(z, APPROX)
         return grad * (1 + t + z * (1 - t * t))
@@ -269,7 +305,7 @@ def activate_backward(grad, z, h, slope, ACTIVATION: tl.constexpr, APPROX: tl.co
     elif ACTIVATION == "relu":
         return tl.where(z > 0, grad, 0.0)
     elif ACTIVATION == "leaky_relu":
-        return tl.where(z > 0, grad, slope * grad)
+        return tl.where(z > 0, grad, params[0] * grad)
     else:
         tl.static_assert(ACTIVATION == "identity")
         return grad

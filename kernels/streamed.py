@@ -12,7 +12,8 @@ import triton
 import triton.language as tl
 
 from .arguments import depth, get, narrowest, widest, width
-from .mlp import load_network, load_units, score
+from .dropout import drop
+from .mlp import load_network, load_units, params_of, score
 from .primitives import (
     activate,
     dot,
@@ -28,7 +29,7 @@ from .primitives import (
 @triton.jit
 def load_layers(net, SPEC: tl.constexpr):
     """As load_network, with the weights as parts. Parts of one weight lie behind each other."""
-    whole, slopes, last = load_network(net, SPEC)
+    whole, params, last = load_network(net, SPEC)
     layers = ()
     for i in tl.static_range(1, depth(SPEC)):
         parts = ()
@@ -43,7 +44,7 @@ def load_layers(net, SPEC: tl.constexpr):
             )
             parts = parts + (weight,)
         layers = layers + ((parts, whole[i - 1][1]),)
-    return layers, slopes, last
+    return layers, params, last
 
 
 @triton.jit
@@ -102,17 +103,9 @@ def add_product(z, x, weight, j: tl.constexpr, SPEC: tl.constexpr):
 
 
 @triton.jit
-def activate_slab(z, slopes, j: tl.constexpr, SPEC: tl.constexpr):
-    slope = slopes[j][None, :] if len(slopes) > 0 else 0.0
-    return activate(z, slope, get(SPEC, "activation"), get(SPEC, "approx"))
-
-
-@triton.jit
-def activate_layer(sums, slopes, SPEC: tl.constexpr):
-    units = ()
-    for j in tl.static_range(len(sums)):
-        units = units + (activate_slab(sums[j], slopes, j, SPEC),)
-    return units
+def activate_slab(z, params, noise, j: tl.constexpr, LAYER: tl.constexpr, SPEC: tl.constexpr):
+    h = activate(z, params_of(params[LAYER], j), get(SPEC, "activation"), get(SPEC, "approx"))
+    return drop(h, noise, j, LAYER, SPEC)
 
 
 @triton.jit
@@ -135,8 +128,8 @@ def feed(sums, units, weight, INDEX: tl.constexpr, COUNT: tl.constexpr, SPEC: tl
 
 
 @triton.jit
-def first_units(k, first, slopes, j: tl.constexpr, SPEC: tl.constexpr):
-    """Slab j of the first hidden layer."""
+def first_sums(k, first, j: tl.constexpr, SPEC: tl.constexpr):
+    """Slab j of the first hidden layer, before its activation."""
     weight, bias = first
     COUNT: tl.constexpr = len(k[0])
     z = tl.broadcast_to(bias[j][None, :], [k[0][0].shape[0], bias[j].shape[0]])
@@ -145,34 +138,39 @@ def first_units(k, first, slopes, j: tl.constexpr, SPEC: tl.constexpr):
         for part in tl.static_range(len(k)):
             x = x + (k[part][i],)
         z = add_product(z, x, weight, j * COUNT + i, SPEC)
-    return activate_slab(z, slopes, j, SPEC)
+    return z
 
 
 @triton.jit
-def later_units(sums, layers, slopes, SPEC: tl.constexpr):
-    """The units of the last hidden layer, from the sums of the second."""
-    if len(layers) == 2:
-        COUNT: tl.constexpr = len(sums)
-        third = spread(layers[1][1], sums[0].shape[0])
-        for j in tl.static_range(COUNT):
-            third = feed(third, activate_slab(sums[j], slopes[1], j, SPEC), layers[1][0], j, COUNT, SPEC)
-        return activate_layer(third, slopes[2], SPEC)
-    else:
-        return activate_layer(sums, slopes[1], SPEC)
-
-
-@triton.jit
-def score_tokens(keys, first, layers, slopes, last, SPEC: tl.constexpr):
-    """`[tokens]`."""
+def last_sums(keys, first, layers, params, noise, SPEC: tl.constexpr):
+    """The last hidden layer before its activation, slabs `[tokens, units]`."""
     COUNT: tl.constexpr = len(first[1])
     k = split_keys(keys, SPEC)
     if len(layers) == 0:
-        h = ()
+        sums = ()
         for j in tl.static_range(COUNT):
-            h = h + (first_units(k, first, slopes[0], j, SPEC),)
-        return score(h, last)
+            sums = sums + (first_sums(k, first, j, SPEC),)
+        return sums
     else:
         sums = spread(layers[0][1], keys[0].shape[0])
         for j in tl.static_range(COUNT):
-            sums = feed(sums, first_units(k, first, slopes[0], j, SPEC), layers[0][0], j, COUNT, SPEC)
-        return score(later_units(sums, layers, slopes, SPEC), last)
+            h = activate_slab(first_sums(k, first, j, SPEC), params, noise, j, 0, SPEC)
+            sums = feed(sums, h, layers[0][0], j, COUNT, SPEC)
+        if len(layers) == 1:
+            return sums
+        else:
+            third = spread(layers[1][1], keys[0].shape[0])
+            for j in tl.static_range(len(sums)):
+                h = activate_slab(sums[j], params, noise, j, 1, SPEC)
+                third = feed(third, h, layers[1][0], j, len(sums), SPEC)
+            return third
+
+
+@triton.jit
+def score_tokens(keys, first, layers, params, last, SPEC: tl.constexpr, noise=()):
+    """`[tokens]`. `noise` is that of `noise_of`."""
+    sums = last_sums(keys, first, layers, params, noise, SPEC)
+    units = ()
+    for j in tl.static_range(len(sums)):
+        units = units + (activate_slab(sums[j], params, noise, j, len(layers), SPEC),)
+    return score(units, last)

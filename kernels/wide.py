@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from .arguments import depth, get, width
-from .mlp import score
+from .mlp import params_of, score
 from .primitives import (
     activate,
     columns,
@@ -106,11 +106,11 @@ def load_unit_vector(pointer, unit, SPEC: tl.constexpr):
 
 
 @triton.jit
-def first_slope(net, unit, SPEC: tl.constexpr):
+def first_params(net, unit, SPEC: tl.constexpr):
     if get(SPEC, "activation") == "leaky_relu":
-        return load_unit_vector(net.slopes[0], unit, SPEC)[None, :]
+        return (load_unit_vector(net.params[0], unit, SPEC)[None, :],)
     else:
-        return 0.0
+        return ()
 
 
 @triton.jit
@@ -126,7 +126,7 @@ def first_units(net, pairs, owner, valid, unit, SPEC: tl.constexpr):
     for i in tl.static_range(len(k)):
         z = dot(k[i], tl.trans(load_unit_rows(net.key, unit, i, SPEC)), z, PRECISION)
         z = dot(products[i], tl.trans(load_unit_rows(net.product, unit, i, SPEC)), z, PRECISION)
-    return activate(z, first_slope(net, unit, SPEC), get(SPEC, "activation"), get(SPEC, "approx")), z
+    return activate(z, first_params(net, unit, SPEC), get(SPEC, "activation"), get(SPEC, "approx")), z
 
 
 @triton.jit
@@ -156,9 +156,9 @@ def load_held(pointer, LAYER: tl.constexpr, SPEC: tl.constexpr):
 
 
 @triton.jit
-def held_slopes(net, LAYER: tl.constexpr, SPEC: tl.constexpr):
+def held_params(net, LAYER: tl.constexpr, SPEC: tl.constexpr):
     if get(SPEC, "activation") == "leaky_relu":
-        return load_held(net.slopes[LAYER], LAYER, SPEC)
+        return (load_held(net.params[LAYER], LAYER, SPEC),)
     else:
         return ()
 
@@ -174,11 +174,10 @@ def biases_as_sums(net, LAYER: tl.constexpr, SPEC: tl.constexpr):
 
 
 @triton.jit
-def activate_held(zs, slopes, SPEC: tl.constexpr):
+def activate_held(zs, params, SPEC: tl.constexpr):
     out = ()
     for j in tl.static_range(len(zs)):
-        slope = slopes[j][None, :] if len(slopes) > 0 else 0.0
-        out = out + (activate(zs[j], slope, get(SPEC, "activation"), get(SPEC, "approx")),)
+        out = out + (activate(zs[j], params_of(params, j), get(SPEC, "activation"), get(SPEC, "approx")),)
     return out
 
 
@@ -226,8 +225,8 @@ def score_tokens(data, batch, owners, net, begin, count, SPEC: tl.constexpr):
             unit = start + tl.arange(0, SLAB)
             h, _z = first_units(net, pairs, owner, valid, unit, SPEC)
             sums = feed_units(sums, h, net, unit, SPEC)
-        hs = activate_held(sums, held_slopes(net, 1, SPEC), SPEC)
+        hs = activate_held(sums, held_params(net, 1, SPEC), SPEC)
         if depth(SPEC) == 3:
-            hs = activate_held(third_layer(hs, net, SPEC), held_slopes(net, 2, SPEC), SPEC)
+            hs = activate_held(third_layer(hs, net, SPEC), held_params(net, 2, SPEC), SPEC)
         last_weight = load_held(net.last_weight, depth(SPEC) - 1, SPEC)
         return position, valid, score(hs, (last_weight, last_bias))

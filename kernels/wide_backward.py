@@ -31,10 +31,10 @@ from .wide import (
     activate_held,
     biases_as_sums,
     feed_units,
-    first_slope,
+    first_params,
     first_units,
+    held_params,
     held_slab,
-    held_slopes,
     load_held,
     load_unit_columns,
     load_unit_vector,
@@ -91,11 +91,11 @@ def keep_units(chunk, h, z, row, unit, inside, SPEC: tl.constexpr):
 
 
 @triton.jit
-def kept_units(chunk, slope, row, unit, inside, SPEC: tl.constexpr):
+def kept_units(chunk, params, row, unit, inside, SPEC: tl.constexpr):
     """What keep_units has kept: units, and what went into their activation as far as its derivative needs it."""
     if depth(SPEC) == 1:
         z = load_chunk(chunk.grads[0], row, unit, inside, SPEC).to(tl.float32)
-        return activate(z, slope, get(SPEC, "activation"), get(SPEC, "approx")), z
+        return activate(z, params, get(SPEC, "activation"), get(SPEC, "approx")), z
     elif from_units(get(SPEC, "activation")):
         h = load_chunk(chunk.units[0], row, unit, inside, SPEC)
         return h, h
@@ -130,12 +130,12 @@ def run_forward(pairs, owner, net, chunk, row, valid, inside, SPEC: tl.constexpr
             h, z = first_units(net, pairs, owner, valid, unit, SPEC)
             keep_units(chunk, h, z, row, unit, inside, SPEC)
             sums = feed_units(sums, h, net, unit, SPEC)
-        hs = (activate_held(sums, held_slopes(net, 1, SPEC), SPEC),)
+        hs = (activate_held(sums, held_params(net, 1, SPEC), SPEC),)
         zs = (needed(sums, hs[0], SPEC),)
         if depth(SPEC) == 3:
             store_layer(chunk.units[1], hs[0], row, inside, 1, SPEC)
             third = third_layer(hs[0], net, SPEC)
-            hs = hs + (activate_held(third, held_slopes(net, 2, SPEC), SPEC),)
+            hs = hs + (activate_held(third, held_params(net, 2, SPEC), SPEC),)
             zs = zs + (needed(third, hs[1], SPEC),)
         last_weight = load_held(net.last_weight, depth(SPEC) - 1, SPEC)
         return score(hs[len(hs) - 1], (last_weight, last_bias)), zs, hs
@@ -200,7 +200,7 @@ def last_back(ds, z, h, net, chunk, sums, tile, row, inside, SPEC: tl.constexpr)
     store_sums(sums.last_weight + tile * H, for_weight, LAST, SPEC)
     if get(SPEC, "activation") == "leaky_relu":
         store_sums(sums.slopes[LAST] + tile * H, for_slope, LAST, SPEC)
-    e = last_units_backward(ds, z, h, held_slopes(net, LAST, SPEC), SPEC)
+    _dh, e = last_units_backward(ds, z, h, held_params(net, LAST, SPEC), (), SPEC)
     store_layer(chunk.grads[LAST], e, row, inside, LAST, SPEC)
     return e
 
@@ -224,7 +224,7 @@ def second_back(e, z, h, net, back, chunk, sums, tile, row, inside, SPEC: tl.con
         outputs = outputs + (h[i].to(back[1].dtype.element_ty),)
         if get(SPEC, "activation") == "leaky_relu":
             for_slope = for_slope + (slope_terms(grad, z[i]),)
-    dz = units_backward(dh, z, h, outputs, held_slopes(net, 1, SPEC), SPEC)
+    dz = units_backward(dh, z, h, outputs, held_params(net, 1, SPEC), SPEC)
     store_layer(chunk.grads[1], dz, row, inside, 1, SPEC)
     if get(SPEC, "activation") == "leaky_relu":
         store_sums(sums.slopes[1] + tile * H2, for_slope, 1, SPEC)
@@ -242,11 +242,11 @@ def first_back(dz, net, back, chunk, sums, tile, row, inside, SPEC: tl.constexpr
         for j in tl.static_range(len(dz)):
             weight = load_unit_columns(back[0], unit, j, SPEC)
             dh = dot(dz[j].to(weight.dtype), weight, dh, get(SPEC, "precision"))
-        slope = first_slope(net, unit, SPEC)
-        h, z = kept_units(chunk, slope, row, unit, inside, SPEC)
+        params = first_params(net, unit, SPEC)
+        h, z = kept_units(chunk, params, row, unit, inside, SPEC)
         if get(SPEC, "activation") == "leaky_relu":
             store_slopes(sums, slope_terms(dh, z), tile, unit, SPEC)
-        grad = unit_back(dh, z, h, slope, SPEC)
+        grad = unit_back(dh, z, h, params, SPEC)
         store_chunk(chunk.grads[0], grad, row, unit, inside, SPEC)
 
 
@@ -257,23 +257,25 @@ def only_back(ds, net, chunk, sums, tile, row, inside, SPEC: tl.constexpr):
     SLAB: tl.constexpr = get(SPEC, "slab")
     for start in tl.range(0, H1, SLAB, num_stages=get(SPEC, "stages")):
         unit = start + tl.arange(0, SLAB)
-        slope = first_slope(net, unit, SPEC)
-        h, z = kept_units(chunk, slope, row, unit, inside, SPEC)
+        params = first_params(net, unit, SPEC)
+        h, z = kept_units(chunk, params, row, unit, inside, SPEC)
         if get(SPEC, "activation") == "leaky_relu":
             store_slopes(sums, slope_terms(ds[:, None], z), tile, unit, SPEC)
         tl.store(sums.last_weight + tile * H1 + unit, tl.sum(ds[:, None] * h, 0), mask=unit < H1)
         dh = ds[:, None] * load_unit_vector(net.last_weight, unit, SPEC)[None, :]
-        grad = activate_backward(dh, z, h, slope, get(SPEC, "activation"), get(SPEC, "approx"))
+        grad = activate_backward(dh, z, h, params, get(SPEC, "activation"), get(SPEC, "approx"))
         store_chunk(chunk.grads[0], grad, row, unit, inside, SPEC)
 
 
 @triton.jit
-def unit_back(dh, z, h, slope, SPEC: tl.constexpr):
+def unit_back(dh, z, h, params, SPEC: tl.constexpr):
     """dL/dz from dL/dh of the streamed layer, the latter with the sign that the matrices of the way back have."""
     if get(SPEC, "activation") == "tanh":
         return times_tanh_slope(dh, h, get(SPEC, "approx"))
     else:
-        return activate_backward(dh, z, h.to(tl.float32), slope, get(SPEC, "activation"), get(SPEC, "approx"))
+        return activate_backward(
+            dh, z, h.to(tl.float32), params, get(SPEC, "activation"), get(SPEC, "approx")
+        )
 
 
 @triton.jit

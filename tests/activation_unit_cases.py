@@ -11,8 +11,9 @@ from torch import Tensor
 
 from recattn import functional
 from recattn.jagged import Jagged, offsets_of
+from recattn.ops.dropout import Dropout
 from recattn.reference import activation_unit, activation_unit_padded
-from recattn.reference.activation_unit import FEATURES, activate
+from recattn.reference.activation_unit import FEATURES, activate, drop
 
 HISTORIES = {
     "ragged with empty ones": [0, 1, 31, 0, 0, 70, 17, 33, 0],
@@ -109,7 +110,7 @@ class Case:
         """Draws keys anew until no pre-activation is so near zero that rounding may turn its sign: there any two
         ways to compute the gradient differ by a jump, eager code and the formula too."""
         margin = 8 * torch.finfo(self.dtype).eps
-        rows = torch.arange(sum(self.lengths))
+        rows, noise = torch.arange(sum(self.lengths)), Dropout.of(self.dropout, self.options()["seed"])
         owner = torch.repeat_interleave(torch.arange(len(self.lengths)), torch.tensor(self.lengths))
         for _ in range(1000):
             key, query = tensors["keys"][rows].double(), tensors["query"][owner[rows]].double()
@@ -122,7 +123,7 @@ class Case:
                 z = torch.nn.functional.linear(hidden, weight, bias)
                 nearest = torch.minimum(nearest, z.abs().amin((1, 2)))
                 slope = tensors[f"slope {layer}"].double() if self.activation == "prelu" else 0.1
-                hidden = activate(z, self.activation, slope)
+                hidden = drop(activate(z, self.activation, slope), layer, noise, rows.unsqueeze(1))
             rows = rows[nearest < margin]
             if not len(rows):
                 return
