@@ -14,7 +14,7 @@ from torch import Tensor
 
 from . import settings
 from .activation_unit_weights import add_param_sums, times_rows
-from .arguments import Histories, depth, get, layers_with_params, narrowest, params_each, widest, width
+from .arguments import Histories, depth, get, layers_with_params, narrowest, widest, width
 from .backward import Call, WeightSums, program_sums
 from .dropout import noise_of
 from .histories import load_tile, share_of, store_tile
@@ -94,7 +94,7 @@ def zero_param_sums(SPEC: tl.constexpr):
     sums = ()
     for i in tl.static_range(layers_with_params(SPEC)):
         layer = ()
-        for _ in tl.static_range(params_each(SPEC)):
+        for _ in tl.static_range(get(SPEC, "params_each")):
             layer = layer + (
                 zero_octets(get(SPEC, "warps"), width(i, SPEC), widest(i, SPEC), narrowest(i, SPEC)),
             )
@@ -106,7 +106,7 @@ def zero_param_sums(SPEC: tl.constexpr):
 def store_param_sums(pointers, sums, program, SPEC: tl.constexpr):
     for i in tl.static_range(len(sums)):
         for n in tl.static_range(len(sums[i])):
-            target = pointers[i * params_each(SPEC) + n] + program * width(i, SPEC)
+            target = pointers[i * get(SPEC, "params_each") + n] + program * width(i, SPEC)
             store_octets(target, sums[i][n], width(i, SPEC), widest(i, SPEC), narrowest(i, SPEC))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .arguments import depth, get, layers_with_params, narrowest, params_each, widest, width
+from .arguments import depth, get, layers_with_params, narrowest, widest, width
 from .attend_backward import attend_backward, load_sequence
 from .dropout import noise_of
 from .histories import load_tile, part_at, position_of, share_of
@@ -31,7 +31,7 @@ def zero_sums(SPEC: tl.constexpr):
     param_sums = ()
     for i in tl.static_range(layers_with_params(SPEC)):
         layer = ()
-        for _ in tl.static_range(params_each(SPEC)):
+        for _ in tl.static_range(get(SPEC, "params_each")):
             layer = layer + (
                 zero_octets(get(SPEC, "warps"), width(i, SPEC), widest(i, SPEC), narrowest(i, SPEC)),
             )
@@ -142,7 +142,7 @@ def weights_kernel(
         store_octets(target, sums[i - 1][1], width(i, SPEC), widest(i, SPEC), narrowest(i, SPEC))
     for i in tl.static_range(len(param_sums)):
         for j in tl.static_range(len(param_sums[i])):
-            target = grad_params[i * params_each(SPEC) + j] + program * width(i, SPEC)
+            target = grad_params[i * get(SPEC, "params_each") + j] + program * width(i, SPEC)
             store_octets(target, param_sums[i][j], width(i, SPEC), widest(i, SPEC), narrowest(i, SPEC))
     target = grad_last_weight + program * width(n - 1, SPEC)
     store_octets(target, last_sum, width(n - 1, SPEC), widest(n - 1, SPEC), narrowest(n - 1, SPEC))

@@ -66,6 +66,10 @@ class TileSums(NamedTuple):
     slopes: tuple[Tensor, ...]  # [tiles, H1], ...
 
 
+# Vectors over the units that an activation takes, as `primitives.activate` knows it.
+PARAMS = {"leaky_relu": 1, "dice": 3, "half_dice": 3}
+
+
 @dataclass(frozen=True)
 class Spec:
     """What a kernel is compiled for. Nothing here depends on a length or on the size of the batch."""
@@ -101,9 +105,10 @@ class Spec:
     def softmax(self) -> bool:
         return self.normalize == "softmax"
 
-
-# Vectors over the units that an activation takes, as `primitives.activate` knows it.
-PARAMS = {"leaky_relu": 1, "dice": 3, "half_dice": 3}
+    @property
+    def params_each(self) -> int:
+        """How many vectors of `Network.params` a hidden layer has."""
+        return PARAMS.get(self.activation, 0)
 
 
 @triton.constexpr_function
@@ -119,23 +124,17 @@ def depth(spec):
 
 
 @triton.constexpr_function
-def params_each(spec):
-    """How many vectors of `Network.params` a hidden layer has."""
-    return PARAMS.get(spec.activation, 0)
-
-
-@triton.constexpr_function
 def params_loaded(layer, total, spec):
     """As many of a hidden layer, but of the last one all that is left of the total: where its statistics are wanted
     none on the way forward, and those of `last_units_backward` on the way back."""
-    each = PARAMS.get(spec.activation, 0)
+    each = spec.params_each
     return total - layer * each if layer == len(spec.hidden) - 1 else each
 
 
 @triton.constexpr_function
 def layers_with_params(spec):
     """Of how many hidden layers the params have gradients."""
-    return len(spec.hidden) - spec.statistics if spec.activation in PARAMS else 0
+    return len(spec.hidden) - spec.statistics if spec.params_each > 0 else 0
 
 
 @triton.constexpr_function

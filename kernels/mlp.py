@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .arguments import depth, get, narrowest, params_each, params_loaded, widest, width
+from .arguments import depth, get, narrowest, params_loaded, widest, width
 from .dropout import drop
 from .primitives import (
     activate,
@@ -29,7 +29,7 @@ def load_params(net, zero, SPEC: tl.constexpr):
     for i in tl.static_range(depth(SPEC)):
         vectors = ()
         for j in tl.static_range(params_loaded(i, len(net.params), SPEC)):
-            vectors = vectors + (load_units(net.params[i * params_each(SPEC) + j] + zero, i, SPEC),)
+            vectors = vectors + (load_units(net.params[i * get(SPEC, "params_each") + j] + zero, i, SPEC),)
         params = params + (vectors,)
     return params
 
