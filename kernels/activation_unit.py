@@ -15,6 +15,7 @@ from . import settings
 from .arguments import Histories, Spec, get
 from .dropout import noise_of
 from .histories import load_tile, part_at, position_of, share_of
+from .mlp import hidden_zero, load_params
 from .normal_form import NormalForm, normal_form
 from .pooling import pool, pool_rows, pooled, weigh
 from .primitives import (
@@ -46,7 +47,7 @@ def _forward_kernel(data, net, out, lse, scores, part, part_state, SPEC: tl.cons
     if begin >= end:
         return
     sequence = find_sequence(data.offsets, data.batch, begin)
-    layers, params, last = load_layers(net, SPEC)
+    layers, _params, last = load_layers(net, SPEC)
     token = tl.arange(0, BLOCK)
     while begin < end:
         sequence, first_row, last_row, stop = part_at(data, sequence, begin, end)
@@ -61,6 +62,7 @@ def _forward_kernel(data, net, out, lse, scores, part, part_state, SPEC: tl.cons
         for start in tl.range(begin, stop, BLOCK, num_stages=get(SPEC, "stages")):
             valid = token < (stop - start)
             k, v = load_tile(data, position, valid, SPEC)
+            params = load_params(net, hidden_zero(stop - start), SPEC)
             noise = noise_of(net, start + token, SPEC)
             s = score_tokens(k, first, layers, params, last, SPEC, noise)  # [BLOCK]
             if SOFTMAX:

@@ -224,22 +224,23 @@ def run_backward(
         merge(part, None, data.offsets, grad_first, upstream.lse, token_programs, tokens.least_rows)
         if spec.shared:
             _shared_keys(unit, data, net.network, upstream, grad_key, grad_value, spec, tokens)
-        weights_kernel[(weight_programs,)](
-            data,
-            net.network,
-            upstream,
-            grad_weights,
-            grad_biases,
-            grad_params,
-            grad_last_weight,
-            grad_last_bias,
-            SPEC=replace(
-                _spec(unit, data, net, weights, settings.SPLIT_WEIGHTS if split else None),
-                with_scores=with_scores,
-                statistics=statistics,
-            ),
-            num_warps=weights.num_warps,
-        )
+        spec = _spec(unit, data, net, weights, settings.SPLIT_WEIGHTS if split else None)
+        spec = replace(spec, with_scores=with_scores, statistics=statistics)
+        for sums in ("weights", "params") if each > 1 else ("all",):
+            spec = replace(spec, sums=sums)
+            if spec.param_layers or spec.weight_layers or spec.last_layer:
+                weights_kernel[(weight_programs,)](
+                    data,
+                    net.network,
+                    upstream,
+                    grad_weights,
+                    grad_biases,
+                    grad_params,
+                    grad_last_weight,
+                    grad_last_bias,
+                    SPEC=spec,
+                    num_warps=weights.num_warps,
+                )
     weight_sums = [w.sum(0).t() for w in grad_weights]
     bias_sums = [b.sum(0) for b in grad_biases]
     param_sums = [g.sum(0) for g in grad_params]

@@ -8,6 +8,9 @@ from typing import NamedTuple
 import triton
 from torch import Tensor
 
+# Vectors over the units that an activation takes, as `primitives.activate` knows it.
+PARAMS = {"leaky_relu": 1, "dice": 3, "half_dice": 3}
+
 
 class Histories(NamedTuple):
     """The data. Rows of the keys and values lie `Spec.key_stride` and `Spec.value_stride` apart."""
@@ -75,14 +78,31 @@ class Spec:
     warps: int = 1  # that share a tile
     dropped: int = 0  # of 2^16 hidden units
     statistics: bool = False  # of the last hidden layer, in place of scores
+    sums: str = "all"  # of "weights" or "params" only, in weights_kernel
 
     @property
     def softmax(self) -> bool:
         return self.normalize == "softmax"
 
+    @property
+    def params_each(self) -> int:
+        """How many vectors of `Network.params` a hidden layer has."""
+        return PARAMS.get(self.activation, 0)
 
-# Vectors over the units that an activation takes, as `primitives.activate` knows it.
-PARAMS = {"leaky_relu": 1, "dice": 3, "half_dice": 3}
+    @property
+    def param_layers(self) -> int:
+        """For how many hidden layers gradients of the params are summed."""
+        return len(self.hidden) - self.statistics if self.params_each and self.sums != "weights" else 0
+
+    @property
+    def weight_layers(self) -> int:
+        """For how many of those behind the first gradients of the weights are."""
+        return len(self.hidden) - 1 if self.sums != "params" else 0
+
+    @property
+    def last_layer(self) -> bool:
+        """Whether they are for the layer behind them."""
+        return self.sums != "params" and not self.statistics
 
 
 @triton.constexpr_function
@@ -98,23 +118,11 @@ def depth(spec):
 
 
 @triton.constexpr_function
-def params_each(spec):
-    """How many vectors of `Network.params` a hidden layer has."""
-    return PARAMS.get(spec.activation, 0)
-
-
-@triton.constexpr_function
 def params_loaded(layer, total, spec):
     """As many of a hidden layer, but of the last one all that is left of the total: where its statistics are wanted
     none on the way forward, and those of `last_units_backward` on the way back."""
-    each = PARAMS.get(spec.activation, 0)
+    each = spec.params_each
     return total - layer * each if layer == len(spec.hidden) - 1 else each
-
-
-@triton.constexpr_function
-def layers_with_params(spec):
-    """Of how many hidden layers the params have gradients."""
-    return len(spec.hidden) - spec.statistics if spec.activation in PARAMS else 0
 
 
 @triton.constexpr_function

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .arguments import depth, get, narrowest, params_each, params_loaded, widest, width
+from .arguments import depth, get, narrowest, params_loaded, widest, width
 from .dropout import drop
 from .primitives import (
     activate,
@@ -29,9 +29,17 @@ def load_params(net, zero, SPEC: tl.constexpr):
     for i in tl.static_range(depth(SPEC)):
         vectors = ()
         for j in tl.static_range(params_loaded(i, len(net.params), SPEC)):
-            vectors = vectors + (load_units(net.params[i * params_each(SPEC) + j] + zero, i, SPEC),)
+            vectors = vectors + (load_units(net.params[i * get(SPEC, "params_each") + j] + zero, i, SPEC),)
         params = params + (vectors,)
     return params
+
+
+@triton.jit
+def hidden_zero(rest):
+    """0, as `rest` is positive; but the compiler does not know, and cannot load ahead of the loop what lies at an
+    address that it is added to: held over all tiles of a sequence, vectors would take registers that a tile needs more.
+    """
+    return (rest.to(tl.int32) >> 31) * 16  # keeps addresses aligned
 
 
 @triton.jit
