@@ -17,6 +17,7 @@ from .activation_unit_wide import score_all
 from .arguments import Histories, Spec, get
 from .dropout import noise_of
 from .histories import load_tile, part_at, position_of, share_of
+from .mlp import hidden_zero, load_params
 from .normal_form import NormalForm, normal_form
 from .packed import one_hot_rows
 from .pooling import pool, pool_rows, pooled, weigh
@@ -51,7 +52,7 @@ def _forward_kernel(data, batch, net, out, lse, scores, part, part_state, SPEC: 
         return
     sequence = find_sequence(data.offsets, batch, begin)
     if not get(SPEC, "scored"):
-        layers, params, last = load_layers(net, SPEC)
+        layers, _params, last = load_layers(net, SPEC)
     token = tl.arange(0, BLOCK)
     while begin < end:
         sequence, first_row, last_row, stop = part_at(data, batch, sequence, begin, end)
@@ -69,6 +70,7 @@ def _forward_kernel(data, batch, net, out, lse, scores, part, part_state, SPEC: 
             if get(SPEC, "scored"):
                 s = tl.load(scores + position + token, mask=valid, other=0.0)
             else:
+                params = load_params(net, hidden_zero(stop - start), SPEC)
                 noise = noise_of(net, start + token, SPEC)
                 s = score_tokens(k, first, layers, params, last, SPEC, noise)  # [BLOCK]
             if SOFTMAX:

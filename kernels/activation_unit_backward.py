@@ -169,19 +169,24 @@ def _streamed(call: Call) -> WeightSums:
     merge(part, None, call.data.offsets, call.grad_first, lse, first, tokens.least_rows)
     if spec.shared:
         _shared_keys(call, spec, tokens)
-    weights_kernel[(later,)](
-        call.data,
-        batch,
-        call.net.network,
-        call.upstream,
-        sums["weights"],
-        sums["biases"],
-        sums["params"],
-        sums["last_weight"],
-        sums["last_bias"],
-        SPEC=call.spec(weights, settings.SPLIT_WEIGHTS if split else None),
-        num_warps=weights.num_warps,
-    )
+    spec = call.spec(weights, settings.SPLIT_WEIGHTS if split else None)
+    # Sums for several vectors per unit take registers that a launch of their own has.
+    for part_of_sums in ("weights", "params") if spec.params_each > 1 else ("all",):
+        spec = replace(spec, sums=part_of_sums)
+        if spec.param_layers or spec.weight_layers or spec.last_layer:
+            weights_kernel[(later,)](
+                call.data,
+                batch,
+                call.net.network,
+                call.upstream,
+                sums["weights"],
+                sums["biases"],
+                sums["params"],
+                sums["last_weight"],
+                sums["last_bias"],
+                SPEC=spec,
+                num_warps=weights.num_warps,
+            )
     return WeightSums.of_programs(**sums)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from . import settings
 from .activation_unit_weights import add_param_sums, times_rows
-from .arguments import Histories, depth, get, layers_with_params, narrowest, widest, width
+from .arguments import Histories, depth, get, narrowest, widest, width
 from .backward import Call, WeightSums, program_sums
 from .dropout import noise_of
 from .histories import load_tile, share_of, store_tile
@@ -92,7 +92,7 @@ def add_products(q, r, slabs, SPEC: tl.constexpr):
 @triton.jit
 def zero_param_sums(SPEC: tl.constexpr):
     sums = ()
-    for i in tl.static_range(layers_with_params(SPEC)):
+    for i in tl.static_range(get(SPEC, "param_layers")):
         layer = ()
         for _ in tl.static_range(get(SPEC, "params_each")):
             layer = layer + (

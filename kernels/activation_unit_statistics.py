@@ -19,6 +19,7 @@ from .activation_unit_backward import run_backward
 from .arguments import Upstream, depth, get, narrowest, widest, width
 from .dropout import noise_of
 from .histories import load_tile, part_at, position_of, share_of
+from .mlp import hidden_zero, load_params
 from .normal_form import backward_weights, normal_form
 from .primitives import columns, load_vector, slab_count
 from .schedule import find_sequence
@@ -62,7 +63,7 @@ def _statistics_kernel(data, batch, net, counts, centres, totals, squares, SPEC:
         return
     tl.store(counts + program, (end - begin).to(tl.int64))
     sequence = find_sequence(data.offsets, batch, begin)
-    layers, params, _last = load_layers(net, SPEC)
+    layers, _params, _last = load_layers(net, SPEC)
     token = tl.arange(0, BLOCK)
     centre = ()
     for j in tl.static_range(slab_count(UNITS, WIDEST, NARROWEST)):
@@ -81,6 +82,7 @@ def _statistics_kernel(data, batch, net, counts, centres, totals, squares, SPEC:
         for start in tl.range(begin, stop, BLOCK, num_stages=get(SPEC, "stages")):
             valid = token < (stop - start)
             k, _v = load_tile(data, position, valid, SPEC)
+            params = load_params(net, hidden_zero(stop - start), SPEC)
             z = last_sums(k, first, layers, params, noise_of(net, start + token, SPEC), SPEC)
             if fresh == 1:
                 centre = tile_mean(z, valid)

@@ -1,11 +1,15 @@
-"""activation_unit backward, the kernel of the weights behind the first layer and of all params."""
+"""activation_unit backward, the kernel of the weights behind the first layer and of all params.
+
+Sums of several params and of the weights together are more than registers hold: a launch for each is less than what
+leaves them costs.
+"""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-from .arguments import depth, get, layers_with_params, narrowest, widest, width
+from .arguments import depth, get, narrowest, widest, width
 from .attend_backward import attend_backward, load_sequence
 from .dropout import noise_of
 from .histories import load_tile, part_at, position_of, share_of
@@ -18,10 +22,10 @@ from .sums import add_matrix, add_octets, in_dtype, outer_sum, store_octets, zer
 
 @triton.jit
 def zero_sums(SPEC: tl.constexpr):
-    """Per hidden layer after the first, sums for its transposed weight and its bias; per hidden layer with units,
-    for its params."""
+    """Per hidden layer after the first, sums for its transposed weight and its bias; per hidden layer for its params;
+    for the last weight."""
     sums = ()
-    for i in tl.static_range(1, depth(SPEC)):
+    for i in tl.static_range(1, get(SPEC, "weight_layers") + 1):
         weight = zero_matrix(
             width(i - 1, SPEC), get(SPEC, "slab"), width(i, SPEC), widest(i, SPEC), 16, narrowest(i, SPEC)
         )
@@ -29,14 +33,22 @@ def zero_sums(SPEC: tl.constexpr):
             (weight, zero_octets(get(SPEC, "warps"), width(i, SPEC), widest(i, SPEC), narrowest(i, SPEC))),
         )
     param_sums = ()
-    for i in tl.static_range(layers_with_params(SPEC)):
+    for i in tl.static_range(get(SPEC, "param_layers")):
         layer = ()
         for _ in tl.static_range(get(SPEC, "params_each")):
             layer = layer + (
                 zero_octets(get(SPEC, "warps"), width(i, SPEC), widest(i, SPEC), narrowest(i, SPEC)),
             )
         param_sums = param_sums + (layer,)
-    return sums, param_sums
+    if get(SPEC, "last_layer"):
+        last: tl.constexpr = depth(SPEC) - 1
+        return (
+            sums,
+            param_sums,
+            zero_octets(get(SPEC, "warps"), width(last, SPEC), widest(last, SPEC), narrowest(last, SPEC)),
+        )
+    else:
+        return sums, param_sums, ()
 
 
 @triton.jit
@@ -107,12 +119,9 @@ def weights_kernel(
         return
     sequence = find_sequence(data.offsets, batch, begin)
     layers, _params, last = load_network(net, SPEC)
-    back = load_back(upstream.back, 0 if layers_with_params(SPEC) > 0 else 1, SPEC)
+    back = load_back(upstream.back, 0 if get(SPEC, "param_layers") > 0 else 1, SPEC)
     token = tl.arange(0, BLOCK)
-    sums, param_sums = zero_sums(SPEC)
-    last_sum = zero_octets(
-        get(SPEC, "warps"), width(n - 1, SPEC), widest(n - 1, SPEC), narrowest(n - 1, SPEC)
-    )
+    sums, param_sums, last_sum = zero_sums(SPEC)
     last_bias_sum = tl.zeros([BLOCK], tl.float32)
     while begin < end:
         sequence, first_row, _last_row, stop = part_at(data, batch, sequence, begin, end)
@@ -130,12 +139,13 @@ def weights_kernel(
             dhs, dzs = run_layers_backward(ds, zs, hs, outputs, back, again[3], noise, SPEC)
             sums = add_layer_sums(sums, outputs, dzs, SPEC)
             param_sums = add_param_sums(param_sums, zs, dhs, again[3], SPEC)
-            last_sum = add_octets(times_rows(ds, hs[n - 1]), last_sum)
-            last_bias_sum += ds
+            if get(SPEC, "last_layer"):
+                last_sum = add_octets(times_rows(ds, hs[n - 1]), last_sum)
+                last_bias_sum += ds
             position += BLOCK
         begin = stop
         sequence += 1
-    for i in tl.static_range(1, n):
+    for i in tl.static_range(1, len(sums) + 1):
         target = grad_weights[i - 1] + program.to(tl.int64) * (width(i, SPEC) * width(i - 1, SPEC))
         store_matrix_of(target, sums[i - 1][0], i, SPEC)
         target = grad_biases[i - 1] + program * width(i, SPEC)
@@ -144,6 +154,7 @@ def weights_kernel(
         for j in tl.static_range(len(param_sums[i])):
             target = grad_params[i * get(SPEC, "params_each") + j] + program * width(i, SPEC)
             store_octets(target, param_sums[i][j], width(i, SPEC), widest(i, SPEC), narrowest(i, SPEC))
-    target = grad_last_weight + program * width(n - 1, SPEC)
-    store_octets(target, last_sum, width(n - 1, SPEC), widest(n - 1, SPEC), narrowest(n - 1, SPEC))
-    tl.store(grad_last_bias + program, tl.sum(last_bias_sum))
+    if get(SPEC, "last_layer"):
+        target = grad_last_weight + program * width(n - 1, SPEC)
+        store_octets(target, last_sum, width(n - 1, SPEC), widest(n - 1, SPEC), narrowest(n - 1, SPEC))
+        tl.store(grad_last_bias + program, tl.sum(last_bias_sum))

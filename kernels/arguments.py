@@ -8,6 +8,9 @@ from typing import NamedTuple
 import triton
 from torch import Tensor
 
+# Vectors over the units that an activation takes, as `primitives.activate` knows it.
+PARAMS = {"leaky_relu": 1, "dice": 3, "half_dice": 3}
+
 
 class Histories(NamedTuple):
     """The data, whose rows lie as far apart as the Spec says.
@@ -66,10 +69,6 @@ class TileSums(NamedTuple):
     slopes: tuple[Tensor, ...]  # [tiles, H1], ...
 
 
-# Vectors over the units that an activation takes, as `primitives.activate` knows it.
-PARAMS = {"leaky_relu": 1, "dice": 3, "half_dice": 3}
-
-
 @dataclass(frozen=True)
 class Spec:
     """What a kernel is compiled for. Nothing here depends on a length or on the size of the batch."""
@@ -100,6 +99,7 @@ class Spec:
     scored: bool = False  # forward reads the scores instead of computing them
     dropped: int = 0  # of 2^16 hidden units
     statistics: bool = False  # of the last hidden layer, in place of scores
+    sums: str = "all"  # of "weights" or "params" only, in weights_kernel
 
     @property
     def softmax(self) -> bool:
@@ -109,6 +109,21 @@ class Spec:
     def params_each(self) -> int:
         """How many vectors of `Network.params` a hidden layer has."""
         return PARAMS.get(self.activation, 0)
+
+    @property
+    def param_layers(self) -> int:
+        """For how many hidden layers gradients of the params are summed."""
+        return len(self.hidden) - self.statistics if self.params_each and self.sums != "weights" else 0
+
+    @property
+    def weight_layers(self) -> int:
+        """For how many of those behind the first gradients of the weights are."""
+        return len(self.hidden) - 1 if self.sums != "params" else 0
+
+    @property
+    def last_layer(self) -> bool:
+        """Whether they are for the layer behind them."""
+        return self.sums != "params" and not self.statistics
 
 
 @triton.constexpr_function
@@ -129,12 +144,6 @@ def params_loaded(layer, total, spec):
     none on the way forward, and those of `last_units_backward` on the way back."""
     each = spec.params_each
     return total - layer * each if layer == len(spec.hidden) - 1 else each
-
-
-@triton.constexpr_function
-def layers_with_params(spec):
-    """Of how many hidden layers the params have gradients."""
-    return len(spec.hidden) - spec.statistics if spec.params_each > 0 else 0
 
 
 @triton.constexpr_function

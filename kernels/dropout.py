@@ -33,8 +33,8 @@ def noise_of(net, row, SPEC: tl.constexpr):
 
 @triton.jit
 def drop(x, noise, j: tl.constexpr, LAYER: tl.constexpr, SPEC: tl.constexpr):
-    """Slab j of a hidden layer, `[tokens, units]`, or of its gradient, zero where a unit is dropped. What kept units
-    grow by is in the weights that read them."""
+    """Slab j of a hidden layer, `[tokens, units]`, zero where a unit is dropped. What kept units grow by is in the
+    weights that read them."""
     if get(SPEC, "dropped") > 0:
         unit = columns(j, width(LAYER, SPEC), widest(LAYER, SPEC), narrowest(LAYER, SPEC)).to(tl.uint32)
         pair = ((unit >> 1) + LAYER * 65536) * GAMMA
@@ -44,3 +44,18 @@ def drop(x, noise, j: tl.constexpr, LAYER: tl.constexpr, SPEC: tl.constexpr):
         return tl.where(half >= (get(SPEC, "dropped") - 32768) * 65536, x, 0.0)
     else:
         return x
+
+
+@triton.constexpr_function
+def closed_at_zero(activation):
+    """Whether the way back through an activation is a function of the unit, and multiplies by 0 where that is 0."""
+    return activation in ("sigmoid", "twice_sigmoid", "logistic2", "relu")
+
+
+@triton.jit
+def drop_gradient(dh, noise, j: tl.constexpr, LAYER: tl.constexpr, SPEC: tl.constexpr):
+    """dL/dh likewise, as far as the activation's way back does not see to it."""
+    if closed_at_zero(get(SPEC, "activation")):
+        return dh
+    else:
+        return drop(dh, noise, j, LAYER, SPEC)

@@ -35,6 +35,14 @@ def load_params(net, zero, SPEC: tl.constexpr):
 
 
 @triton.jit
+def hidden_zero(rest):
+    """0, as `rest` is positive; but the compiler does not know, and cannot load ahead of the loop what lies at an
+    address that it is added to: held over all tiles of a sequence, vectors would take registers that a tile needs more.
+    """
+    return (rest.to(tl.int32) >> 31) * 16  # keeps addresses aligned
+
+
+@triton.jit
 def params_of(params, j: tl.constexpr):
     """For slab j of a layer, as rows that broadcast over its tokens."""
     rows = ()

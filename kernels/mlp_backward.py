@@ -12,17 +12,15 @@ import triton
 import triton.language as tl
 
 from .arguments import depth, get, narrowest, widest, width
-from .dropout import drop
-from .mlp import load_params, load_units, params_of
+from .dropout import drop_gradient
+from .mlp import hidden_zero, load_params, load_units, params_of
 from .primitives import activate_backward, dot, load_matrix, times_tanh_slope
 
 
 @triton.jit
 def with_fresh_vectors(net, sequence, first, layers, last, rest, SPEC: tl.constexpr):
-    """`(first, layers, last, params)` with their vectors loaded again: held over all tiles of a sequence they would
-    take registers that a tile needs more. `rest`, the rows left, is positive, so that its sign, which is added
-    to the addresses, is zero; but the compiler does not know, and cannot load ahead of the loop."""
-    zero = (rest >> 31) * 16  # keeps them aligned
+    """`(first, layers, last, params)` with their vectors loaded again; `rest` is how many rows are left."""
+    zero = hidden_zero(rest)
     again = ()
     for i in tl.static_range(len(layers)):
         again = again + ((layers[i][0], load_units(net.biases[i] + zero, i + 1, SPEC)),)
@@ -80,7 +78,7 @@ def last_units_backward(ds, zs, hs, params, noise, SPEC: tl.constexpr):
             turned = hs[j] * -ds[:, None]
             dz = turned * hs[j] + ds[:, None]
         else:
-            grad = drop(grad, noise, j, depth(SPEC) - 1, SPEC)
+            grad = drop_gradient(grad, noise, j, depth(SPEC) - 1, SPEC)
             dz = activate_backward(grad, zs[j], hs[j], param, get(SPEC, "activation"), get(SPEC, "approx"))
         dhs = dhs + (grad,)
         out = out + (dz,)
@@ -117,7 +115,7 @@ def run_layers_backward(ds, zs, hs, outputs, back, params, noise, SPEC: tl.const
         dh = times_weight(dzs[i], back[i], zero, SPEC)
         kept = ()
         for j in tl.static_range(len(dh)):
-            kept = kept + (drop(dh[j], noise, j, n - 1 - i, SPEC),)
+            kept = kept + (drop_gradient(dh[j], noise, j, n - 1 - i, SPEC),)
         dhs = dhs + (kept,)
         dz = units_backward(kept, zs[n - 1 - i], hs[n - 1 - i], outputs[n - 1 - i], params[n - 1 - i], SPEC)
         dzs = dzs + (dz,)

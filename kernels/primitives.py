@@ -303,7 +303,7 @@ def activate_backward(grad, z, h, params, ACTIVATION: tl.constexpr, APPROX: tl.c
         density = 0.3989422804014327 * tl.exp(-0.5 * z * z)
         return grad * (0.5 * (1 + tl.erf(z * 0.7071067811865476)) + z * density)
     elif ACTIVATION == "relu":
-        return tl.where(z > 0, grad, 0.0)
+        return tl.where(h > 0, grad, 0.0)
     elif ACTIVATION == "leaky_relu":
         return tl.where(z > 0, grad, params[0] * grad)
     else:

@@ -81,7 +81,15 @@ def _rms(x: Tensor) -> float:
 
 
 def run_classic_case(dtype: torch.dtype) -> None:
-    """Forward and backward for both hidden layers, at the widths of most published models."""
-    case = Case(lengths=[300] * 8, dim=64, hidden=(80, 40), dtype=dtype, slack=0, offsets_dtype=torch.int32)
-    for layer in (1, 2):
-        statistics(functional.activation_unit_statistics, case, case.tensors(), layer)
+    """Forward and backward behind Dice and dropout, at the widths of most published models."""
+    case = Case(
+        lengths=[300] * 8,
+        dim=64,
+        hidden=(80, 40),
+        activation="dice",
+        dropout=0.2,
+        dtype=dtype,
+        slack=0,
+        offsets_dtype=torch.int32,
+    )
+    statistics(functional.activation_unit_statistics, case, case.tensors(), 2)

@@ -13,7 +13,7 @@ from torch import Tensor
 import recattn
 from recattn import functional
 
-ACTIVATIONS = ("sigmoid", "relu", "leaky_relu", "prelu", "silu", "gelu", "tanh", "identity")
+ACTIVATIONS = ("sigmoid", "relu", "leaky_relu", "prelu", "silu", "gelu", "tanh", "identity", "dice")
 PRECISIONS = {
     "fp32": (torch.float32, "highest"),
     "tf32": (torch.float32, "high"),
@@ -89,6 +89,18 @@ def test_kernels_equal_the_formula_for_every_activation(
             return_scores=True,
         )
     )
+
+
+@pytest.mark.parametrize("activation", ["sigmoid", "relu", "tanh", "prelu", "silu", "dice"])
+def test_kernels_drop_the_units_that_the_formula_drops(activation: str, precision: torch.dtype) -> None:
+    check(
+        variant(activation=activation, dropout=0.3, dtype=precision, lengths=[0, 40, 3], hidden=(20, 12, 6))
+    )
+
+
+@pytest.mark.parametrize("candidates", [[2, 0, 3, 1], [1, 40, 0, 1]])
+def test_candidates_drop_units_of_their_own(candidates: list[int]) -> None:
+    check(variant(activation="dice", dropout=0.3, lengths=[3, 0, 40, 5], candidates=candidates))
 
 
 @pytest.mark.parametrize("features", [("q*k",), ("k", "q"), ("q-k", "q*k", "k")])

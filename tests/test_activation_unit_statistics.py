@@ -3,19 +3,44 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from activation_unit_cases import HISTORIES, Case, variant
 from activation_unit_statistics_cases import assert_statistics_within_budget, statistics
+from recattn.kernels import settings
 
 import recattn
 from recattn import functional
 from recattn.ops.activation_unit_statistics import forward_op
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
+PRECISIONS = {
+    "fp32": (torch.float32, "highest"),
+    "tf32": (torch.float32, "high"),
+    "bf16": (torch.bfloat16, "highest"),
+    "fp16": (torch.float16, "highest"),
+}
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.fixture(autouse=True)
+def short_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gives programs few enough rows that sequences of a test are cut, some more than once."""
+    for table in (settings.FORWARD, settings.BACKWARD_TOKENS, settings.BACKWARD_WEIGHTS):
+        for key, launch in table.items():
+            monkeypatch.setitem(table, key, launch._replace(least_rows=24))
+
+
+@pytest.fixture(params=PRECISIONS)
+def precision(request: pytest.FixtureRequest) -> Iterator[torch.dtype]:
+    dtype, products = PRECISIONS[request.param]
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(products)
+    yield dtype
+    torch.set_float32_matmul_precision(before)
 
 
 def check(case: Case, layer: int, backend: str = "torch") -> None:
@@ -32,6 +57,25 @@ def test_statistics_equal_the_formula_over_every_kind_of_history(
     lengths: list[int], layer: int, dtype: torch.dtype
 ) -> None:
     check(variant(lengths=lengths, dtype=dtype), layer)
+
+
+@pytest.mark.parametrize("layer", [1, 2])
+@pytest.mark.parametrize("lengths", HISTORIES.values(), ids=HISTORIES)
+def test_kernels_equal_the_formula_over_every_kind_of_history(
+    lengths: list[int], layer: int, precision: torch.dtype
+) -> None:
+    check(variant(lengths=lengths, dtype=precision), layer, "triton")
+
+
+@pytest.mark.parametrize("layer", [1, 3])
+@pytest.mark.parametrize("activation", ["dice", "prelu", "silu"])
+def test_kernels_equal_the_formula_behind_every_layer(
+    activation: str, layer: int, precision: torch.dtype
+) -> None:
+    case = variant(
+        activation=activation, dropout=0.3, hidden=(12, 10, 6), lengths=[0, 40, 3], dtype=precision
+    )
+    check(case, layer, "triton")
 
 
 @pytest.mark.parametrize("layer", [1, 2, 3])
@@ -51,16 +95,19 @@ def test_statistics_equal_the_formula_behind_every_layer(activation: str, dropou
     ],
     ids=["candidates", "table", "rows", "candidates of a table"],
 )
-def test_candidates_and_rows_by_index(data: dict[str, Any]) -> None:
-    check(variant(dropout=0.3, **data), 2)
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+def test_candidates_and_rows_by_index(data: dict[str, Any], backend: str) -> None:
+    check(variant(dropout=0.3, **data), 2, backend)
 
 
-def test_a_variance_far_below_the_square_of_the_mean_keeps_its_digits() -> None:
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+def test_a_variance_far_below_the_square_of_the_mean_keeps_its_digits(backend: str) -> None:
     case = variant(lengths=[500, 0, 700], slack=0)
     tensors = case.tensors()
     tensors["bias 0"] += 1000.0
     tensors["weight 0"] *= 0.1
-    got = statistics(functional.activation_unit_statistics, case, tensors, 1)
+    with recattn.backend(backend):
+        got = statistics(functional.activation_unit_statistics, case, tensors, 1)
     assert_statistics_within_budget(case, 1, got, tensors)
     assert (got["mean"].square() / got["variance"]).min() > 1e5
 
@@ -110,6 +157,17 @@ def test_gradients_are_those_of_finite_differences() -> None:
         )[:2]
 
     assert torch.autograd.gradcheck(function, [tensors[name] for name in names])
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+def test_statistics_and_gradients_are_bitwise_repeatable(backend: str) -> None:
+    case = variant(lengths=[3, 150, 0, 20], activation="dice")
+    with recattn.backend(backend):
+        first, second = (
+            statistics(functional.activation_unit_statistics, case, case.tensors(), 2) for _ in range(2)
+        )
+    for name, result in first.items():
+        assert torch.equal(result, second[name]), name
 
 
 def test_bad_input_is_named() -> None:

@@ -23,7 +23,8 @@ KERNELS = {
         "keys_kernel",
         "weights_kernel",
         "_merge_kernel",
-    }
+    },
+    "activation_unit_statistics": {"_statistics_kernel", "tokens_kernel", "weights_kernel"},
 }
 PRODUCTS = ["bf16", "fp16", "tf32", "fp32"]
 
