@@ -32,8 +32,9 @@ from .packed import (
     multiply_slab,
     one_hot,
     store_members,
+    turned,
 )
-from .primitives import LN_2, LOG2_E, dot, exp2, load_rows, multiply_add, store_rows, zero_rows
+from .primitives import LN_2, LOG2_E, dot, exp2, load_rows, multiply_add, store_rows
 from .schedule import find_sequence, rows_per_program, slot_of
 from .sums import (
     add_matrix,
@@ -55,12 +56,17 @@ def row_stride(units):
 
 
 @triton.jit
-def attend_backward(s, v, chosen, grad_out, upstream, row, owner, valid, SPEC: tl.constexpr):
-    """The attention a and dL/ds, `[tokens]`, from the scores s; both zero where a token is not valid."""
-    products = tl.zeros(chosen.shape, tl.float32)  # v·dL/dout of all members
+def attention_gradient(v, chosen, grad_out, SPEC: tl.constexpr):
+    """dL/da = v·dL/dout, `[tokens]`: with all members, of which one is chosen."""
+    products = tl.zeros(chosen.shape, tl.float32)
     for i in tl.static_range(len(v)):
         products = dot(v[i], tl.trans(grad_out[i]), products, get(SPEC, "precision"))
-    grad = tl.sum(products * chosen.to(tl.float32), 1)
+    return tl.sum(products * chosen.to(tl.float32), 1)
+
+
+@triton.jit
+def attend_backward(s, grad, upstream, row, owner, valid, SPEC: tl.constexpr):
+    """The attention a and dL/ds, `[tokens]`, from the scores s and dL/da; both zero where a token is not valid."""
     token = tl.arange(0, get(SPEC, "block"))
     if get(SPEC, "with_scores"):
         grad += tl.load(upstream.grad_scores + row + token, mask=valid, other=0.0).to(tl.float32)
@@ -155,8 +161,9 @@ def packed_tokens_kernel(
         first = first_layer(net, key, product, sequence, count, SPEC)
         grad_out = load_members(upstream.grad_out + sequence.to(tl.int64) * DV, count, DV, SLAB)
         grad_out = all_resident(grad_out, APPROX)
-        grad_q = zero_rows(GROUP, D, SLAB)
-        grad_c = zero_rows(GROUP, H1, H1_SLAB)
+        # Sums per member, turned: a product with few rows keeps warps from sharing tokens.
+        grad_q = zero_matrix(D, SLAB, GROUP, GROUP)
+        grad_c = zero_matrix(H1, H1_SLAB, GROUP, GROUP)
         for start in tl.range(begin, stop, BLOCK, num_stages=get(SPEC, "stages")):
             row = start.to(tl.int64)
             valid = token < (stop - start)
@@ -164,11 +171,12 @@ def packed_tokens_kernel(
             k, v = load_keys(data, row, valid, SPEC)
             q = load_queries(data, sequence, member, SPEC)
             chosen = one_hot(identity, tl.where(valid, member, GROUP))  # [BLOCK, GROUP]
+            grad_a = attention_gradient(v, chosen, grad_out, SPEC)
             x = k + multiply(q, k, APPROX) + (chosen,)
             zs, hs, outputs = run_layers(x, first, layers, slopes, DTYPE, SPEC)
             s = score(hs[n - 1], last)  # [BLOCK]
             owner = sequence + member
-            a, ds = attend_backward(s, v, chosen, grad_out, upstream, row, owner, valid, SPEC)
+            a, ds = attend_backward(s, grad_a, upstream, row, owner, valid, SPEC)
             dhs, dzs = run_layers_backward(ds, zs, hs, outputs, back, slopes, SPEC)
             slope_sums = add_slope_sums(slope_sums, zs, dhs)
             last_sum = add_octets(times_rows(ds, hs[n - 1]), last_sum)
@@ -189,9 +197,8 @@ def packed_tokens_kernel(
                 dk = add_rows(weights, grad_out, zero_matrix(BLOCK, BLOCK, D, SLAB), PRECISION)
             dk = add_products(q, r, times_weight(dz, key, dk, SPEC), SPEC)
             store_rows(grad_key + row * D, dk, token, D, valid, D, SLAB)
-            by_member = tl.trans(chosen)  # [GROUP, BLOCK]
-            grad_q = add_rows(by_member, multiply(k, r, APPROX), grad_q, PRECISION)
-            grad_c = add_rows(by_member, dz, grad_c, PRECISION)
+            grad_q = outer_sum(multiply(k, r, APPROX), (chosen,), grad_q, PRECISION)
+            grad_c = outer_sum(dz, (chosen,), grad_c, PRECISION)
         first_row, last_row = member_rows(data, sequence, count)  # [GROUP]
         from_row, to_row = tl.maximum(first_row, begin), tl.minimum(last_row, stop)
         slot = slot_of(program, from_row, to_row, first_row, last_row)
@@ -199,8 +206,8 @@ def packed_tokens_kernel(
         cut = (from_row < to_row) & (slot >= 0)
         target = grad_first + (sequence.to(tl.int64) + tl.arange(0, GROUP)) * (D + H1)
         own = part + slot * (D + H1)
-        store_members(target, own, grad_q, whole, cut, D, SLAB)
-        store_members(target + D, own + D, grad_c, whole, cut, H1, H1_SLAB)
+        store_members(target, own, turned(grad_q), whole, cut, D, SLAB)
+        store_members(target + D, own + D, turned(grad_c), whole, cut, H1, H1_SLAB)
         begin = stop
         sequence += count
     if get(SPEC, "activation") == "leaky_relu":

@@ -2,9 +2,9 @@
 
 A *group* is up to GROUP consecutive sequences, its *members*. Its rows are cut into tiles without regard to where
 sequences begin, so that no tile but a group's last has rows to spare. As the tokens of a tile have several queries,
-the first layer is not folded into one matrix per sequence; it reads `[k, q·k, one-hot of the member]`, 2 D + 16 columns,
-and its weight is `[key, product, c of the members]`. So one set of weights serves all sequences, and c needs no gather.
-Sums over tokens by member are products with the one-hot matrix too.
+the first layer is not folded into one matrix per sequence; it reads `[k, q·k, one-hot of the member]`, 2 D + 16
+columns, and its weight is `[key, product, c of the members]`. So one set of weights serves all sequences, and c needs
+no gather. Sums over tokens by member are products with the one-hot matrix too.
 """
 
 from __future__ import annotations
@@ -184,6 +184,14 @@ def add_rows(rows, slabs, acc, PRECISION: tl.constexpr):
     out = ()
     for i in tl.static_range(len(slabs)):
         out = out + (dot(rows, slabs[i], acc[i], PRECISION),)
+    return out
+
+
+@triton.jit
+def turned(slabs):
+    out = ()
+    for i in tl.static_range(len(slabs)):
+        out = out + (tl.trans(slabs[i]),)
     return out
 
 

@@ -43,7 +43,7 @@ PACKED_FORWARD = {
     "tf32": Launch(16, 1, 1, 32, (32, 8), 32, 256, 8),
 }
 PACKED_BACKWARD = {
-    "half": Launch(32, 1, 1, 32, (32, 16), 32, 512, 8),
+    "half": Launch(32, 2, 1, 32, (32, 16), 32, 512, 4),
 }
 PACKED_WEIGHTS = {
     "half": Launch(64, 4, 2, 64, (64, 16), 64, 2048, 2),
