@@ -56,17 +56,12 @@ def row_stride(units):
 
 
 @triton.jit
-def attention_gradient(v, chosen, grad_out, SPEC: tl.constexpr):
-    """dL/da = v·dL/dout, `[tokens]`: with all members, of which one is chosen."""
-    products = tl.zeros(chosen.shape, tl.float32)
+def attend_backward(s, v, chosen, grad_out, upstream, row, owner, valid, SPEC: tl.constexpr):
+    """The attention a and dL/ds, `[tokens]`, from the scores s; both zero where a token is not valid."""
+    products = tl.zeros(chosen.shape, tl.float32)  # v·dL/dout of all members
     for i in tl.static_range(len(v)):
         products = dot(v[i], tl.trans(grad_out[i]), products, get(SPEC, "precision"))
-    return tl.sum(products * chosen.to(tl.float32), 1)
-
-
-@triton.jit
-def attend_backward(s, grad, upstream, row, owner, valid, SPEC: tl.constexpr):
-    """The attention a and dL/ds, `[tokens]`, from the scores s and dL/da; both zero where a token is not valid."""
+    grad = tl.sum(products * chosen.to(tl.float32), 1)
     token = tl.arange(0, get(SPEC, "block"))
     if get(SPEC, "with_scores"):
         grad += tl.load(upstream.grad_scores + row + token, mask=valid, other=0.0).to(tl.float32)
@@ -161,7 +156,7 @@ def packed_tokens_kernel(
         first = first_layer(net, key, product, sequence, count, SPEC)
         grad_out = load_members(upstream.grad_out + sequence.to(tl.int64) * DV, count, DV, SLAB)
         grad_out = all_resident(grad_out, APPROX)
-        # Sums per member, turned: a product with few rows keeps warps from sharing tokens.
+        # Sums per member, turned: of a product with few rows each warp would compute them all.
         grad_q = zero_matrix(D, SLAB, GROUP, GROUP)
         grad_c = zero_matrix(H1, H1_SLAB, GROUP, GROUP)
         for start in tl.range(begin, stop, BLOCK, num_stages=get(SPEC, "stages")):
@@ -171,12 +166,11 @@ def packed_tokens_kernel(
             k, v = load_keys(data, row, valid, SPEC)
             q = load_queries(data, sequence, member, SPEC)
             chosen = one_hot(identity, tl.where(valid, member, GROUP))  # [BLOCK, GROUP]
-            grad_a = attention_gradient(v, chosen, grad_out, SPEC)
             x = k + multiply(q, k, APPROX) + (chosen,)
             zs, hs, outputs = run_layers(x, first, layers, slopes, DTYPE, SPEC)
             s = score(hs[n - 1], last)  # [BLOCK]
             owner = sequence + member
-            a, ds = attend_backward(s, grad_a, upstream, row, owner, valid, SPEC)
+            a, ds = attend_backward(s, v, chosen, grad_out, upstream, row, owner, valid, SPEC)
             dhs, dzs = run_layers_backward(ds, zs, hs, outputs, back, slopes, SPEC)
             slope_sums = add_slope_sums(slope_sums, zs, dhs)
             last_sum = add_octets(times_rows(ds, hs[n - 1]), last_sum)

@@ -40,13 +40,13 @@ NARROW = 64
 # Of kernels whose tiles have tokens of several sequences.
 PACKED_FORWARD = {
     "half": Launch(32, 1, 1, 32, (32, 8), 16, 256, 8),
-    "tf32": Launch(16, 1, 1, 32, (32, 8), 32, 256, 8),
+    "tf32": Launch(32, 2, 1, 32, (32, 8), 32, 256, 8),
 }
 PACKED_BACKWARD = {
     "half": Launch(32, 2, 1, 32, (32, 16), 32, 512, 4),
 }
 PACKED_WEIGHTS = {
-    "half": Launch(64, 4, 2, 64, (64, 16), 64, 2048, 2),
+    "half": Launch(64, 4, 1, 64, (64, 16), 64, 2048, 2),
 }
 SHORT_BACKWARD = 70
 SHORT_FORWARD = 50  # rows per sequence below which they pay
