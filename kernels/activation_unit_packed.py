@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 
 from .arguments import get
+from .mlp_backward import with_fresh_vectors
 from .packed import (
     GROUP,
     add_rows,
@@ -62,7 +63,9 @@ def packed_forward_kernel(data, net, identity, out, lse, scores, part, part_stat
             q = load_queries(data, sequence, member, SPEC)
             chosen = one_hot(identity, tl.where(valid, member, GROUP))  # [BLOCK, GROUP]
             x = k + multiply(q, k, APPROX) + (chosen,)
-            s = score_tokens(x, ((weight,), bias), layers, slopes, last, SPEC)  # [BLOCK]
+            first = ((weight,), bias)
+            again = with_fresh_vectors(net, 0, first, layers, last, (stop - start).to(tl.int32), SPEC)
+            s = score_tokens(x, first, again[1], slopes, again[2], SPEC)  # [BLOCK]
             if get(SPEC, "with_scores"):
                 tl.store(scores + start + token, s, mask=valid)
             if SOFTMAX:

@@ -15,7 +15,7 @@ from torch import Tensor
 from .activation_unit_weights import add_slope_sums, times_rows
 from .arguments import Histories, depth, get, narrowest, widest, width
 from .mlp import load_network, run_layers, score
-from .mlp_backward import first_dz, load_back, run_layers_backward, times_weight
+from .mlp_backward import first_dz, load_back, run_layers_backward, times_weight, with_fresh_vectors
 from .packed import (
     GROUP,
     add_rows,
@@ -167,15 +167,16 @@ def packed_tokens_kernel(
             q = load_queries(data, sequence, member, SPEC)
             chosen = one_hot(identity, tl.where(valid, member, GROUP))  # [BLOCK, GROUP]
             x = k + multiply(q, k, APPROX) + (chosen,)
-            zs, hs, outputs = run_layers(x, first, layers, slopes, DTYPE, SPEC)
-            s = score(hs[n - 1], last)  # [BLOCK]
+            again = with_fresh_vectors(net, 0, first, layers, last, (stop - start).to(tl.int32), SPEC)
+            zs, hs, outputs = run_layers(x, first, again[1], slopes, DTYPE, SPEC)
+            s = score(hs[n - 1], again[2])  # [BLOCK]
             owner = sequence + member
             a, ds = attend_backward(s, v, chosen, grad_out, upstream, row, owner, valid, SPEC)
             dhs, dzs = run_layers_backward(ds, zs, hs, outputs, back, slopes, SPEC)
             slope_sums = add_slope_sums(slope_sums, zs, dhs)
             last_sum = add_octets(times_rows(ds, hs[n - 1]), last_sum)
             last_bias_sum += ds
-            dz = in_dtype(first_dz(dzs, last, SPEC), DTYPE)
+            dz = in_dtype(first_dz(dzs, again[2], SPEC), DTYPE)
             tl.store(owners + row + token, owner, mask=valid)
             leave(grads[0], dz, row, valid, 0, SPEC)
             for i in tl.static_range(1, n):

@@ -39,7 +39,7 @@ NARROW = 64
 
 # Of kernels whose tiles have tokens of several sequences.
 PACKED_FORWARD = {
-    "half": Launch(32, 1, 1, 32, (32, 8), 16, 256, 8),
+    "half": Launch(32, 1, 1, 16, (32, 8), 16, 256, 8),
     "tf32": Launch(32, 2, 1, 32, (32, 8), 32, 256, 8),
 }
 PACKED_BACKWARD = {
