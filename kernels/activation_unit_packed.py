@@ -8,6 +8,7 @@ import triton.language as tl
 from .arguments import get
 from .dropout import noise_of
 from .histories import load_tile, share_of
+from .mlp_backward import with_fresh_vectors
 from .packed import (
     GROUP,
     add_rows,
@@ -43,7 +44,7 @@ def packed_forward_kernel(data, batch, net, identity, out, lse, scores, part, pa
     if begin >= end:
         return
     sequence = find_sequence(data.offsets, batch, begin)
-    layers, params, last = load_layers(net, SPEC)
+    layers, _params, last = load_layers(net, SPEC)
     key, product = load_resident(net.key, SPEC), load_resident(net.product, SPEC)
     token = tl.arange(0, BLOCK)
     ones = tl.full([BLOCK, 8], 1.0, tl.float32).to(DTYPE)
@@ -62,8 +63,10 @@ def packed_forward_kernel(data, batch, net, identity, out, lse, scores, part, pa
             q = load_queries(data, sequence, member, SPEC)
             chosen = one_hot(identity, tl.where(valid, member, GROUP))  # [BLOCK, GROUP]
             x = k + multiply(q, k, APPROX) + (chosen,)
+            first = ((weight,), bias)
+            again = with_fresh_vectors(net, 0, first, layers, last, (stop - start).to(tl.int32), SPEC)
             noise = noise_of(net, row + token, SPEC)
-            s = score_tokens(x, ((weight,), bias), layers, params, last, SPEC, noise)  # [BLOCK]
+            s = score_tokens(x, first, again[1], again[3], again[2], SPEC, noise)  # [BLOCK]
             if SOFTMAX:
                 if get(SPEC, "with_scores"):
                     tl.store(scores + row + token, s, mask=valid)

@@ -19,7 +19,7 @@ from .backward import Call, WeightSums, program_sums
 from .dropout import noise_of
 from .histories import load_tile, share_of, store_tile
 from .mlp import load_network, run_layers, score
-from .mlp_backward import first_dz, load_back, run_layers_backward, times_weight
+from .mlp_backward import first_dz, load_back, run_layers_backward, times_weight, with_fresh_vectors
 from .packed import (
     GROUP,
     add_rows,
@@ -36,9 +36,10 @@ from .packed import (
     one_hot,
     one_hot_rows,
     store_members,
+    turned,
 )
 from .pooling import weigh, weigh_backward
-from .primitives import LN_2, LOG2_E, dot, exp2, load_rows, multiply_add, store_rows, zero_rows
+from .primitives import LN_2, LOG2_E, dot, exp2, load_rows, multiply_add, store_rows
 from .schedule import find_sequence, merge, slot_of
 from .sums import (
     add_matrix,
@@ -155,7 +156,7 @@ def packed_tokens_kernel(
     if begin >= end:
         return
     sequence = find_sequence(data.offsets, batch, begin)
-    layers, params, last = load_network(net, SPEC)
+    layers, _params, last = load_network(net, SPEC)
     back = load_back(upstream.back, 0, SPEC)
     key, product = load_resident(net.key, SPEC), load_resident(net.product, SPEC)
     token = tl.arange(0, BLOCK)
@@ -169,8 +170,9 @@ def packed_tokens_kernel(
         first = first_layer(net, key, product, sequence, count, SPEC)
         grad_out = load_members(upstream.grad_out + sequence.to(tl.int64) * DV, count, DV, SLAB)
         grad_out = all_resident(grad_out, APPROX)
-        grad_q = zero_rows(GROUP, D, SLAB)
-        grad_c = zero_rows(GROUP, H1, H1_SLAB)
+        # Sums per member, turned: of a product with few rows each warp would compute them all.
+        grad_q = zero_matrix(D, SLAB, GROUP, GROUP)
+        grad_c = zero_matrix(H1, H1_SLAB, GROUP, GROUP)
         row = begin.to(tl.int64)
         for start in tl.range(begin, stop, BLOCK, num_stages=get(SPEC, "stages")):
             valid = token < (stop - start)
@@ -179,16 +181,17 @@ def packed_tokens_kernel(
             q = load_queries(data, sequence, member, SPEC)
             chosen = one_hot(identity, tl.where(valid, member, GROUP))  # [BLOCK, GROUP]
             x = k + multiply(q, k, APPROX) + (chosen,)
+            again = with_fresh_vectors(net, 0, first, layers, last, (stop - start).to(tl.int32), SPEC)
             noise = noise_of(net, row + token, SPEC)
-            zs, hs, outputs = run_layers(x, first, layers, params, noise, DTYPE, SPEC)
-            s = score(hs[n - 1], last)  # [BLOCK]
+            zs, hs, outputs = run_layers(x, first, again[1], again[3], noise, DTYPE, SPEC)
+            s = score(hs[n - 1], again[2])  # [BLOCK]
             owner = sequence + member
             a, ds = attend_backward(s, v, chosen, grad_out, upstream, row, owner, valid, SPEC)
-            dhs, dzs = run_layers_backward(ds, zs, hs, outputs, back, params, noise, SPEC)
-            param_sums = add_param_sums(param_sums, zs, dhs, params, SPEC)
+            dhs, dzs = run_layers_backward(ds, zs, hs, outputs, back, again[3], noise, SPEC)
+            param_sums = add_param_sums(param_sums, zs, dhs, again[3], SPEC)
             last_sum = add_octets(times_rows(ds, hs[n - 1]), last_sum)
             last_bias_sum += ds
-            dz = in_dtype(first_dz(dzs, last, SPEC), DTYPE)
+            dz = in_dtype(first_dz(dzs, again[2], SPEC), DTYPE)
             tl.store(owners + row + token, owner, mask=valid)
             leave(grads[0], dz, row, valid, 0, SPEC)
             for i in tl.static_range(1, n):
@@ -204,9 +207,8 @@ def packed_tokens_kernel(
                 dk = add_rows(weights, grad_out, zero_matrix(BLOCK, BLOCK, D, SLAB), PRECISION)
             dk = add_products(q, r, times_weight(dz, key, dk, SPEC), SPEC)
             store_tile(grad_key, dk, data, row, valid, D, SPEC)
-            by_member = tl.trans(chosen)  # [GROUP, BLOCK]
-            grad_q = add_rows(by_member, multiply(k, r, APPROX), grad_q, PRECISION)
-            grad_c = add_rows(by_member, dz, grad_c, PRECISION)
+            grad_q = outer_sum(multiply(k, r, APPROX), (chosen,), grad_q, PRECISION)
+            grad_c = outer_sum(dz, (chosen,), grad_c, PRECISION)
             row += BLOCK
         first_row, last_row = member_rows(data, sequence, count)  # [GROUP]
         from_row, to_row = tl.maximum(first_row, begin), tl.minimum(last_row, stop)
@@ -215,8 +217,8 @@ def packed_tokens_kernel(
         cut = (from_row < to_row) & (slot >= 0)
         target = grad_first + (sequence.to(tl.int64) + tl.arange(0, GROUP)) * (D + H1)
         own = part + slot * (D + H1)
-        store_members(target, own, grad_q, whole, cut, D, SLAB)
-        store_members(target + D, own + D, grad_c, whole, cut, H1, H1_SLAB)
+        store_members(target, own, turned(grad_q), whole, cut, D, SLAB)
+        store_members(target + D, own + D, turned(grad_c), whole, cut, H1, H1_SLAB)
         begin = stop
         sequence += count
     store_param_sums(grad_params, param_sums, program, SPEC)

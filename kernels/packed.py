@@ -173,6 +173,14 @@ def add_rows(rows, slabs, acc, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def turned(slabs):
+    out = ()
+    for i in tl.static_range(len(slabs)):
+        out = out + (tl.trans(slabs[i]),)
+    return out
+
+
+@triton.jit
 def store_members(
     whole,
     cut,

@@ -44,14 +44,14 @@ CANDIDATES_FORWARD = Launch(32, 1, 1, 64, (32, 8), 64, 256, 4)
 
 # Of kernels whose tiles have tokens of several sequences.
 PACKED_FORWARD = {
-    "half": Launch(32, 1, 1, 32, (32, 8), 16, 256, 8),
-    "tf32": Launch(16, 1, 1, 32, (32, 8), 32, 256, 8),
+    "half": Launch(32, 1, 1, 16, (32, 8), 16, 256, 8),
+    "tf32": Launch(32, 2, 1, 32, (32, 8), 32, 256, 8),
 }
 PACKED_BACKWARD = {
-    "half": Launch(32, 1, 1, 32, (32, 16), 32, 512, 8),
+    "half": Launch(32, 2, 1, 32, (32, 16), 32, 512, 4),
 }
 PACKED_WEIGHTS = {
-    "half": Launch(64, 4, 2, 64, (64, 16), 64, 2048, 2),
+    "half": Launch(64, 4, 1, 64, (64, 16), 64, 2048, 2),
 }
 SHORT_BACKWARD = 70
 SHORT_FORWARD = 50  # rows per sequence below which they pay
