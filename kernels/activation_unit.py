@@ -155,7 +155,7 @@ def forward(unit: Any, with_scores: bool) -> tuple[Tensor, Tensor, Tensor]:
     if split:
         spec = replace(spec, precision="tf32", split=True)
     if wide:
-        scoring = settings.WIDE_SCORES[precision]
+        scoring = settings.wide(settings.WIDE_SCORES, precision, dim, hidden, device)
         score_all(data, net, specialize(unit, data, net, scoring, with_scores), scoring, scores)
         spec = replace(spec, scored=True)
     part, part_state = lse.new_empty(2 * programs, value_dim), lse.new_empty(2 * programs, 2)

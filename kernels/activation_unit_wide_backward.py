@@ -141,8 +141,11 @@ def wide_backward(
 ) -> WeightSums:
     """Of `count` positions. Writes the gradients of keys, values, and of queries and c."""
     network, dim, (first, *later) = net.network, spec.dim, net.hidden
-    launch, light = settings.WIDE_BACKWARD[net.precision], settings.WIDE_HISTORIES
-    step = settings.chunk_rows(launch, light, data.key.device)
+    device, light = data.key.device, settings.WIDE_HISTORIES
+    launch = settings.wide(
+        settings.WIDE_BACKWARD, net.precision, max(dim, spec.value_dim), net.hidden, device
+    )
+    step = settings.chunk_rows(launch, light, device)
     rows, tiles, programs = (
         min(step, count),
         triton.cdiv(count, launch.block),

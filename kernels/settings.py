@@ -87,6 +87,36 @@ def is_wide(dim: int, hidden: Sequence[int]) -> bool:
     return max(dim, *hidden) > WIDEST
 
 
+def wide(
+    table: dict[str, Launch], precision: str, dim: int, hidden: Sequence[int], device: torch.device
+) -> Launch:
+    """Settings of a wide kernel: those of its table, but smaller tiles where registers do not hold the sums of a tile
+    and shared memory not what it reads."""
+    launch = table[precision]
+    if max(hidden[1:], default=0) > WIDEST_DIM:
+        launch = launch._replace(block=launch.block // 2)
+    if len(hidden) > 2:
+        launch = launch._replace(last_slab=(64, 16))
+    for change in ({"num_stages": 1}, {"slab": 16}, {"block": 32}, {"block": 16}):
+        if _wide_fits(launch, precision, dim, hidden, device):
+            break
+        launch = launch._replace(**change)
+    return launch
+
+
+def _wide_fits(launch: Launch, precision: str, dim: int, hidden: Sequence[int], device: torch.device) -> bool:
+    """Whether shared memory holds k and q*k of a tile, the weights of a slab of units as often as they are in flight,
+    and the slab on its way from one product to the next."""
+    itemsize = 2 if precision == "half" else 4
+    dim, second = _round_up(dim, 16), _round_up(hidden[1], 16) if len(hidden) > 1 else 0
+    in_flight = launch.num_stages
+    if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] not in (9, 10):
+        in_flight = max(in_flight - 1, 1)  # elsewhere products read them through registers
+    weights = launch.slab * (2 * dim + second)
+    tile = launch.block * (2 * dim * itemsize + launch.slab * (4 + itemsize))
+    return tile + in_flight * weights * itemsize + (4 << 10) <= _shared_memory(device)
+
+
 def _fits(launch: Launch, width: int, hidden: Sequence[int], device: torch.device) -> bool:
     """Whether shared memory holds two tf32 parts of the first layer's weight, three bfloat16 parts of the others, and
     a tile of keys."""
@@ -97,6 +127,8 @@ def _fits(launch: Launch, width: int, hidden: Sequence[int], device: torch.devic
 
 def _shared_memory(device: torch.device) -> int:
     """How much of it a program can have; where there is no GPU to ask, as on an A100."""
+    if torch.version.hip is not None:
+        return 64 << 10
     if device.type != "cuda":
         return 160 << 10
     # The least that an NVIDIA GPU of compute capability 8.0 and up has, if PyTorch does not tell.
