@@ -239,8 +239,10 @@ def _wide_backward(
     with_scores: bool,
 ) -> WeightSums:
     """Where they cannot, see activation_unit_wide_backward."""
-    spec = specialize(unit, data, net, settings.WIDE_BACKWARD[net.precision], with_scores)
-    return wide_backward(data, net, upstream, grad_key, grad_value, grad_first, unit.positions, spec)
+    dim, device = unit.keys.shape[1], unit.keys.device
+    launch = settings.wide(settings.WIDE_BACKWARD, net.precision, dim, net.hidden, device)
+    spec = specialize(unit, data, net, launch, with_scores)
+    return wide_backward(data, net, upstream, grad_key, grad_value, grad_first, unit.positions, spec, launch)
 
 
 def backward(

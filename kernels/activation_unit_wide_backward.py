@@ -11,6 +11,7 @@ positions there are. Per chunk
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -138,52 +139,26 @@ def wide_backward(
     grad_first: Tensor,
     count: int,
     spec: Spec,
+    launch: settings.Launch,
 ) -> WeightSums:
     """Of `count` positions. Writes the gradients of keys, values, and of queries and c."""
-    network, dim, (first, *later) = net.network, spec.dim, net.hidden
-    device, light = data.key.device, settings.WIDE_HISTORIES
-    launch = settings.wide(
-        settings.WIDE_BACKWARD, net.precision, max(dim, spec.value_dim), net.hidden, device
-    )
-    step = settings.chunk_rows(launch, light, device)
-    rows, tiles, programs = (
-        min(step, count),
-        triton.cdiv(count, launch.block),
-        max(triton.cdiv(count, light.least_rows), 1),
-    )
-    like, zeros = data.key.new_empty, upstream.lse.new_zeros  # the latter in float32
-    chunk = Chunk(
-        0,
-        like(rows, 2 * dim),
-        tuple(like(rows, n) for n in net.hidden[:-1]),
-        tuple(like(rows, n) for n in net.hidden),
-        zeros(rows),
-    )
-    leaky = spec.activation == "leaky_relu"
-    sums = TileSums(
-        zeros(tiles, net.hidden[-1]),
-        zeros(tiles),
-        tuple(zeros(tiles, n) for n in net.hidden) if leaky else (),
-    )
-    both = torch.cat([network.key, network.product], 1)  # [H1, 2·D]
-    grad_both = zeros(first, 2 * dim)
+    dim, (first, *later), light = spec.dim, net.hidden, settings.WIDE_HISTORIES
+    step = settings.chunk_rows(launch, light, data.key.device)
+    programs = max(triton.cdiv(count, light.least_rows), 1)
+    zeros = upstream.lse.new_zeros  # float32
+    chunk = _new_chunk(data.key, min(step, count), net.hidden, dim)
+    sums = _new_sums(upstream.lse, triton.cdiv(count, launch.block), net.hidden, spec)
+    both = torch.cat([net.network.key, net.network.product], 1)  # [H1, 2·D]
+    grad_both, grad_pairs = zeros(first, 2 * dim), torch.empty_like(chunk.pairs)
     grad_weights = [zeros(n, m) for m, n in zip(net.hidden, later, strict=False)]
     grad_biases = [zeros(n) for n in later]
-    grad_pairs, part = like(rows, 2 * dim), zeros(2 * programs, dim + first)
+    part = zeros(2 * programs, dim + first)
     sequence = owners(data.offsets, count)
     for begin in range(0, count, step):
         rows = min(step, count - begin)
         chunk = chunk._replace(first=begin)
         recompute_kernel[(triton.cdiv(rows, launch.block),)](
-            data,
-            sequence,
-            network,
-            upstream,
-            chunk,
-            sums,
-            count,
-            SPEC=_spec(spec, launch),
-            num_warps=launch.num_warps,
+            data, sequence, net.network, upstream, chunk, sums, count, SPEC=spec, num_warps=launch.num_warps
         )
         grads = [grad[:rows] for grad in chunk.grads]
         torch.mm(grads[0], both, out=grad_pairs[:rows])
@@ -200,7 +175,7 @@ def wide_backward(
             grad_key if grad_value is None else grad_value,
             grad_first,
             part,
-            SPEC=_spec(spec, light),
+            SPEC=_light_spec(spec, light),
             num_warps=light.num_warps,
         )
     merge(part, None, data.offsets, grad_first, upstream.lse, programs, light.least_rows)
@@ -215,14 +190,31 @@ def wide_backward(
     )
 
 
-def _spec(spec: Spec, launch: settings.Launch) -> Spec:
+def _new_chunk(like: Tensor, rows: int, hidden: Sequence[int], dim: int) -> Chunk:
+    return Chunk(
+        first=0,
+        pairs=like.new_empty(rows, 2 * dim),
+        units=tuple(like.new_empty(rows, n) for n in hidden[:-1]),
+        grads=tuple(like.new_empty(rows, n) for n in hidden),
+        attention=like.new_empty(rows, dtype=torch.float32),
+    )
+
+
+def _new_sums(like: Tensor, tiles: int, hidden: Sequence[int], spec: Spec) -> TileSums:
+    slopes = hidden if spec.activation == "leaky_relu" else ()
+    return TileSums(
+        last_weight=like.new_empty(tiles, hidden[-1]),
+        last_bias=like.new_empty(tiles),
+        slopes=tuple(like.new_empty(tiles, n) for n in slopes),
+    )
+
+
+def _light_spec(spec: Spec, light: settings.Launch) -> Spec:
     return replace(
         spec,
-        block=launch.block,
-        slab=launch.slab,
-        last_slab=launch.last_slab,
-        dim_slab=launch.dim_slab,
-        least_rows=launch.least_rows,
-        stages=launch.num_stages,
-        warps=launch.num_warps,
+        block=light.block,
+        slab=light.slab,
+        dim_slab=light.dim_slab,
+        least_rows=light.least_rows,
+        stages=light.num_stages,
     )

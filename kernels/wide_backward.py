@@ -135,7 +135,7 @@ def run_forward(pairs, owner, net, chunk, row, valid, inside, SPEC: tl.constexpr
             store_layer(chunk.units[1], hs[0], row, inside, 1, SPEC)
             third = third_layer(hs[0], net, SPEC)
             hs = hs + (activate_held(third, held_slopes(net, 2, SPEC), SPEC),)
-            zs = zs + (needed(third, hs[1], SPEC),)
+            zs = zs + (needed(third, hs[len(hs) - 1], SPEC),)
         last_weight = load_held(net.last_weight, depth(SPEC) - 1, SPEC)
         return score(hs[len(hs) - 1], (last_weight, last_bias)), zs, hs
 
