@@ -22,6 +22,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 import recattn
+from recattn.kernels import settings
 
 POINTERS = {
     torch.float32: "*fp32",
@@ -78,6 +79,7 @@ def main(operator: str, targets: list[str], dtypes: list[str], folder: Path) -> 
         for target in targets:
             hip = target.startswith("gfx")
             torch.version.hip = "6.4" if hip else None
+            settings.matrix_unit = lambda _, group=target in ("sm_90", "sm_100"): "group" if group else "warp"
             with recorded_launches() as launches, recattn.backend("triton"):
                 run_classic_case(dtype)
             gpu = (
