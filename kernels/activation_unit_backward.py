@@ -27,6 +27,7 @@ from .normal_form import NormalForm, WeightSums, backward_weights, gradients, no
 from .primitives import columns, load_matrix, slab_count
 from .schedule import find_sequence, merge, slot_of
 from .sums import add_matrix, column_sum, in_dtype, outer_sum, store_column, zero_matrix
+from .wide_backward import FROM_UNITS
 
 
 @triton.jit
@@ -240,7 +241,8 @@ def _wide_backward(
 ) -> WeightSums:
     """Where they cannot, see activation_unit_wide_backward."""
     dim, device = unit.keys.shape[1], unit.keys.device
-    launch = settings.wide(settings.WIDE_BACKWARD, net.precision, dim, net.hidden, device)
+    both = net.form.kernel not in FROM_UNITS  # units, and what went into their activation
+    launch = settings.wide(settings.WIDE_BACKWARD, net.precision, dim, net.hidden, device, both)
     spec = specialize(unit, data, net, launch, with_scores)
     return wide_backward(data, net, upstream, grad_key, grad_value, grad_first, unit.positions, spec, launch)
 

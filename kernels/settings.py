@@ -96,12 +96,13 @@ def wide(
     dim: int,
     hidden: Sequence[int],
     device: torch.device,
+    twice: bool = False,
 ) -> Launch:
-    """Settings of a wide kernel: those of its table, but smaller tiles where registers do not hold the sums of a tile
-    and shared memory not what it reads."""
+    """Settings of a wide kernel: those of its table, but smaller tiles where registers do not hold the second layer of
+    a tile, twice if asked for, and shared memory not what it reads."""
     unit = matrix_unit(device)
     launch = table[unit, precision]
-    if len(hidden) > 2 or max(hidden[1:], default=0) > WIDEST_HIDDEN // 2:
+    if len(hidden) > 2 or max(hidden[1:], default=0) * (1 + twice) > WIDEST_HIDDEN // 2:
         launch = launch._replace(block=launch.block // 2)
     if len(hidden) > 2:
         launch = launch._replace(last_slab=(64, 16))

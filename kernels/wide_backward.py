@@ -41,11 +41,12 @@ from .wide import (
     third_layer,
 )
 
+FROM_UNITS = ("tanh", "sigmoid", "relu", "identity")  # activations whose units tell their derivative
+
 
 @triton.constexpr_function
 def from_units(activation):
-    """Whether units tell the derivative of their activation."""
-    return activation in ("tanh", "sigmoid", "relu", "identity")
+    return activation in FROM_UNITS
 
 
 @triton.jit
