@@ -178,9 +178,12 @@ def forward(unit: Any, with_scores: bool) -> tuple[Tensor, Tensor, Tensor]:
     if split:
         spec = replace(spec, precision="tf32", split=True)
     if wide:
-        scoring = tuned("wide scores", precision, settings.WIDE_SCORES[precision], dim, hidden, device)
+        scoring = settings.wide(settings.WIDE_SCORES, precision, unit.keys.shape[1], hidden, device)
+        scoring = tuned("wide scores", precision, scoring, dim, hidden, device)
         score_all(data, net, specialize(unit, data, net, scoring, with_scores), scoring, scores)
-        spec = replace(spec, scored=True)
+        # Pooling is all that is left to compute, so it can be exact: then Σ_t dL/ds_t of a sequence is as near zero as
+        # backward expects, which does not round dL/da either.
+        spec = replace(spec, scored=True, precision="ieee")
     part, part_state = lse.new_empty(2 * programs, value_dim), lse.new_empty(2 * programs, 2)
     results = (out, lse, scores, part, part_state)
     if packed is None:

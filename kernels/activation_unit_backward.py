@@ -146,8 +146,8 @@ def _streamed(call: Call) -> WeightSums:
         call.data.key.shape[1], call.net.hidden, lse.device
     )
     row = "split" if split else call.net.precision
-    tokens = call.launch("tokens", row, settings.BACKWARD_TOKENS)
-    weights = call.launch("weights", row, settings.BACKWARD_WEIGHTS)
+    tokens = call.tuned("tokens", row, settings.BACKWARD_TOKENS[row])
+    weights = call.tuned("weights", row, settings.BACKWARD_WEIGHTS[row])
     first, later = call.programs(tokens), call.programs(weights)
     spec = call.spec(tokens, settings.SPLIT_TOKENS if split else None)
     part = lse.new_empty(2 * first, call.grad_first.shape[1])

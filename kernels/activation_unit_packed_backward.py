@@ -315,8 +315,8 @@ def packed_weights_kernel(
 def packed_backward(call: Call) -> WeightSums:
     """Where tiles have tokens of several sequences."""
     data, batch, lse = call.data, call.unit.query.shape[0], call.upstream.lse
-    tokens = call.launch("packed tokens", call.net.precision, settings.PACKED_BACKWARD)
-    weights = call.launch("packed weights", call.net.precision, settings.PACKED_WEIGHTS)
+    tokens = call.tuned("packed tokens", call.net.precision, settings.PACKED_BACKWARD[call.net.precision])
+    weights = call.tuned("packed weights", call.net.precision, settings.PACKED_WEIGHTS[call.net.precision])
     programs, weight_programs = call.programs(tokens), call.programs(weights)
     part = lse.new_empty(2 * programs, call.grad_first.shape[1])
     sums = program_sums(call, weight_programs, weight_programs, programs)

@@ -11,11 +11,13 @@ positions there are. Per chunk
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from . import settings
 from .activation_unit_wide import owners
@@ -26,7 +28,7 @@ from .pooling import pooled
 from .primitives import load_rows, load_vector, store_row, store_rows, zero_rows
 from .schedule import find_sequence, merge, slot_of
 from .wide import load_pairs, owners_of, rows_of
-from .wide_backward import attend_rows_backward, attention_gradient, run_back, run_forward
+from .wide_backward import FROM_UNITS, attend_rows_backward, attention_gradient, run_back, run_forward
 
 
 @triton.jit(do_not_specialize=["batch", "count"])
@@ -131,35 +133,21 @@ def add(x, y):
 def wide_backward(call: Call) -> WeightSums:
     """Where weights are too many for a program."""
     data, net, upstream, count = call.data, call.net, call.upstream, call.unit.positions
-    batch, network, (first, *later) = call.unit.query.shape[0], net.network, net.hidden
-    launch, light = call.launch("wide tokens", net.precision, settings.WIDE_BACKWARD), settings.WIDE_HISTORIES
+    batch, dim, (first, *later) = call.unit.query.shape[0], data.key.shape[1], net.hidden
+    twice = net.form.kernel not in FROM_UNITS  # units, and what went into their activation
+    launch = settings.wide(settings.WIDE_BACKWARD, net.precision, dim, net.hidden, data.key.device, twice)
+    launch, light = call.tuned("wide tokens", net.precision, launch), settings.WIDE_HISTORIES
     spec = call.spec(launch)
-    dim = spec.dim
     step = settings.chunk_rows(launch, light, data.key.device)
-    rows, tiles, programs = (
-        min(step, count),
-        triton.cdiv(count, launch.block),
-        max(triton.cdiv(count, light.least_rows), 1),
-    )
-    like, zeros = data.key.new_empty, upstream.lse.new_zeros  # the latter in float32
-    chunk = Chunk(
-        0,
-        like(rows, 2 * dim),
-        tuple(like(rows, n) for n in net.hidden[:-1]),
-        tuple(like(rows, n) for n in net.hidden),
-        zeros(rows),
-    )
-    leaky = spec.activation == "leaky_relu"
-    sums = TileSums(
-        zeros(tiles, net.hidden[-1]),
-        zeros(tiles),
-        tuple(zeros(tiles, n) for n in net.hidden) if leaky else (),
-    )
-    both = torch.cat([network.key, network.product], 1)  # [H1, 2·D]
-    grad_both = zeros(first, 2 * dim)
+    programs = max(triton.cdiv(count, light.least_rows), 1)
+    zeros = upstream.lse.new_zeros  # float32
+    chunk = _new_chunk(data.key, min(step, count), net.hidden, dim)
+    sums = _new_sums(upstream.lse, triton.cdiv(count, launch.block), net.hidden, spec)
+    both = torch.cat([net.network.key, net.network.product], 1)  # [H1, 2·D]
+    grad_both, grad_pairs = zeros(first, 2 * dim), torch.empty_like(chunk.pairs)
     grad_weights = [zeros(n, m) for m, n in zip(net.hidden, later, strict=False)]
     grad_biases = [zeros(n) for n in later]
-    grad_pairs, part = like(rows, 2 * dim), zeros(2 * programs, dim + first)
+    part = zeros(2 * programs, dim + first)
     sequence = owners(data.offsets, count)
     for begin in range(0, count, step):
         rows = min(step, count - begin)
@@ -168,12 +156,12 @@ def wide_backward(call: Call) -> WeightSums:
             data,
             batch,
             sequence,
-            network,
+            net.network,
             upstream,
             chunk,
             sums,
             count,
-            SPEC=_spec(spec, launch),
+            SPEC=spec,
             num_warps=launch.num_warps,
         )
         grads = [grad[:rows] for grad in chunk.grads]
@@ -192,7 +180,7 @@ def wide_backward(call: Call) -> WeightSums:
             call.grad_key if call.grad_value is None else call.grad_value,
             call.grad_first,
             part,
-            SPEC=_spec(spec, light),
+            SPEC=_light_spec(spec, light),
             num_warps=light.num_warps,
         )
     merge(part, None, data.offsets, call.grad_first, upstream.lse, programs, light.least_rows)
@@ -207,14 +195,31 @@ def wide_backward(call: Call) -> WeightSums:
     )
 
 
-def _spec(spec: Spec, launch: settings.Launch) -> Spec:
+def _new_chunk(like: Tensor, rows: int, hidden: Sequence[int], dim: int) -> Chunk:
+    return Chunk(
+        first=0,
+        pairs=like.new_empty(rows, 2 * dim),
+        units=tuple(like.new_empty(rows, n) for n in hidden[:-1]),
+        grads=tuple(like.new_empty(rows, n) for n in hidden),
+        attention=like.new_empty(rows, dtype=torch.float32),
+    )
+
+
+def _new_sums(like: Tensor, tiles: int, hidden: Sequence[int], spec: Spec) -> TileSums:
+    slopes = hidden if spec.activation == "leaky_relu" else ()
+    return TileSums(
+        last_weight=like.new_empty(tiles, hidden[-1]),
+        last_bias=like.new_empty(tiles),
+        slopes=tuple(like.new_empty(tiles, n) for n in slopes),
+    )
+
+
+def _light_spec(spec: Spec, light: settings.Launch) -> Spec:
     return replace(
         spec,
-        block=launch.block,
-        slab=launch.slab,
-        last_slab=launch.last_slab,
-        dim_slab=launch.dim_slab,
-        least_rows=launch.least_rows,
-        stages=launch.num_stages,
-        warps=launch.num_warps,
+        block=light.block,
+        slab=light.slab,
+        dim_slab=light.dim_slab,
+        least_rows=light.least_rows,
+        stages=light.num_stages,
     )

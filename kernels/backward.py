@@ -42,10 +42,10 @@ class Call(NamedTuple):
             precision=products or spec.precision,
         )
 
-    def launch(self, kernel: str, row: str, table: dict[str, settings.Launch]) -> settings.Launch:
-        """The settings of a kernel out of a table's row, or what tuning has found."""
+    def tuned(self, kernel: str, row: str, launch: settings.Launch) -> settings.Launch:
+        """The settings of a kernel: its table's, or what tuning has found."""
         dim = max(self.data.key.shape[1], self.data.value.shape[1])
-        return tuned(kernel, row, table[row], dim, self.net.hidden, self.data.key.device)
+        return tuned(kernel, row, launch, dim, self.net.hidden, self.data.key.device)
 
     def programs(self, launch: settings.Launch) -> int:
         return settings.programs(launch, self.unit.most_rows, self.data.key.device)

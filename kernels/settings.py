@@ -55,15 +55,19 @@ PACKED_WEIGHTS = {
 }
 SHORT_BACKWARD = 70
 SHORT_FORWARD = 50  # rows per sequence below which they pay
-# Of the wide kernels `slab` is of the first layer, `last_slab` of all others.
-WIDE_SCORES = {
-    "half": Launch(64, 4, 2, 32, (256, 16), 128, 0, 0),
-    "tf32": Launch(64, 4, 2, 32, (256, 16), 64, 0, 0),
-}
 
+# By what makes a product, see matrix_unit. Of the wide kernels `slab` is of the first layer, `last_slab` of all others.
+WIDE_SCORES = {
+    ("warp", "half"): Launch(64, 4, 2, 32, (256, 16), 128, 0, 0),
+    ("warp", "tf32"): Launch(64, 4, 2, 32, (256, 16), 64, 0, 0),
+    ("group", "half"): Launch(128, 8, 2, 32, (256, 16), 128, 0, 0),
+    ("group", "tf32"): Launch(64, 4, 2, 32, (256, 16), 64, 0, 0),
+}
 WIDE_BACKWARD = {
-    "half": Launch(64, 4, 2, 32, (64, 16), 128, 0, 2),
-    "tf32": Launch(64, 4, 2, 32, (64, 16), 64, 0, 1),
+    ("warp", "half"): Launch(64, 4, 2, 32, (64, 16), 128, 0, 2),
+    ("warp", "tf32"): Launch(32, 4, 2, 32, (256, 16), 64, 0, 1),
+    ("group", "half"): Launch(128, 8, 2, 32, (256, 16), 128, 0, 1),
+    ("group", "tf32"): Launch(32, 4, 2, 32, (256, 16), 64, 0, 2),
 }
 WIDE_HISTORIES = Launch(8, 4, 2, 256, (256, 16), 128, 256, 0)
 
@@ -148,6 +152,50 @@ def is_wide(dim: int, hidden: Sequence[int]) -> bool:
     return max(dim, *hidden) > WIDEST
 
 
+def wide(
+    table: dict[tuple[str, str], Launch],
+    precision: str,
+    dim: int,
+    hidden: Sequence[int],
+    device: torch.device,
+    twice: bool = False,
+) -> Launch:
+    """Settings of a wide kernel: those of its table, but smaller tiles where registers do not hold the second layer of
+    a tile, twice if asked for, and shared memory not what it reads."""
+    unit = matrix_unit(device)
+    launch = table[unit, precision]
+    if len(hidden) > 2 or max(hidden[1:], default=0) * (1 + twice) > WIDEST_HIDDEN // 2:
+        launch = launch._replace(block=launch.block // 2)
+    if len(hidden) > 2:
+        launch = launch._replace(last_slab=(64, 16))
+    changes: list[dict[str, Any]] = [{"num_stages": 1}, {"slab": 16}, {"block": 32}, {"block": 16}]
+    for change in changes:
+        if _wide_fits(launch, unit, precision, dim, hidden, device):
+            break
+        launch = launch._replace(**change)
+    return launch
+
+
+def matrix_unit(device: torch.device) -> str:
+    """What makes a product: a `"warp"`, from registers, or a `"group"` of four, from shared memory, which wants tiles
+    twice as high."""
+    nvidia = device.type == "cuda" and torch.version.hip is None
+    return "group" if nvidia and torch.cuda.get_device_capability(device)[0] in (9, 10) else "warp"
+
+
+def _wide_fits(
+    launch: Launch, unit: str, precision: str, dim: int, hidden: Sequence[int], device: torch.device
+) -> bool:
+    """Whether shared memory holds k and q*k of a tile, the weights of a slab of units as often as they are in flight,
+    and the slab on its way from one product to the next."""
+    itemsize = 2 if precision == "half" else 4
+    dim, second = _round_up(dim, 16), _round_up(hidden[1], 16) if len(hidden) > 1 else 0
+    in_flight = launch.num_stages if unit == "group" else max(launch.num_stages - 1, 1)
+    weights = launch.slab * (2 * dim + second)
+    tile = launch.block * (2 * dim * itemsize + launch.slab * (4 + itemsize))
+    return tile + in_flight * weights * itemsize + (4 << 10) <= _shared_memory(device)
+
+
 def _fits(launch: Launch, width: int, hidden: Sequence[int], device: torch.device) -> bool:
     """Whether shared memory holds two tf32 parts of the first layer's weight, three bfloat16 parts of the others, and
     a tile of keys."""
@@ -158,6 +206,8 @@ def _fits(launch: Launch, width: int, hidden: Sequence[int], device: torch.devic
 
 def _shared_memory(device: torch.device) -> int:
     """How much of it a program can have; where there is no GPU to ask, as on an A100."""
+    if torch.version.hip is not None:
+        return 64 << 10
     if device.type != "cuda":
         return 160 << 10
     # The least that an NVIDIA GPU of compute capability 8.0 and up has, if PyTorch does not tell.

@@ -21,10 +21,9 @@ from .primitives import (
     activate,
     columns,
     dot,
-    load_matrix,
     load_rows,
+    load_slab,
     load_vector,
-    slab_count,
     slab_inside,
 )
 
@@ -182,18 +181,21 @@ def activate_held(zs, params, SPEC: tl.constexpr):
 
 
 @triton.jit
+def load_between(pointer, j: tl.constexpr, i: tl.constexpr, SPEC: tl.constexpr):
+    """Slab (j, i) of a matrix between the third layer and the second. Just before it is read: all would not fit."""
+    SLAB: tl.constexpr = held_slab(SPEC)
+    return load_slab(pointer, j, i, width(2, SPEC), SLAB, 16, width(1, SPEC), SLAB)
+
+
+@triton.jit
 def third_layer(hs, net, SPEC: tl.constexpr):
     """What goes into the activation of the third layer."""
     sums = biases_as_sums(net, 2, SPEC)
-    COUNT: tl.constexpr = slab_count(width(1, SPEC), held_slab(SPEC))
-    weights = load_matrix(
-        net.weights[1], width(2, SPEC), held_slab(SPEC), 16, width(1, SPEC), held_slab(SPEC)
-    )
     out = ()
     for j in tl.static_range(len(sums)):
         z = sums[j]
-        for i in tl.static_range(COUNT):
-            weight = weights[j * COUNT + i]
+        for i in tl.static_range(len(hs)):
+            weight = load_between(net.weights[1], j, i, SPEC)
             z = dot(hs[i].to(weight.dtype), tl.trans(weight), z, get(SPEC, "precision"))
         out = out + (z,)
     return out

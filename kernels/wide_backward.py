@@ -21,9 +21,7 @@ from .primitives import (
     columns,
     dot,
     exp2,
-    load_matrix,
     load_rows,
-    slab_count,
     store_rows,
     times_tanh_slope,
 )
@@ -35,6 +33,7 @@ from .wide import (
     first_units,
     held_params,
     held_slab,
+    load_between,
     load_held,
     load_unit_columns,
     load_unit_vector,
@@ -42,11 +41,12 @@ from .wide import (
     third_layer,
 )
 
+FROM_UNITS = ("tanh", "sigmoid", "relu", "identity")  # activations whose units tell their derivative
+
 
 @triton.constexpr_function
 def from_units(activation):
-    """Whether units tell the derivative of their activation."""
-    return activation in ("tanh", "sigmoid", "relu", "identity")
+    return activation in FROM_UNITS
 
 
 @triton.jit
@@ -136,7 +136,7 @@ def run_forward(pairs, owner, net, chunk, row, valid, inside, SPEC: tl.constexpr
             store_layer(chunk.units[1], hs[0], row, inside, 1, SPEC)
             third = third_layer(hs[0], net, SPEC)
             hs = hs + (activate_held(third, held_params(net, 2, SPEC), SPEC),)
-            zs = zs + (needed(third, hs[1], SPEC),)
+            zs = zs + (needed(third, hs[len(hs) - 1], SPEC),)
         last_weight = load_held(net.last_weight, depth(SPEC) - 1, SPEC)
         return score(hs[len(hs) - 1], (last_weight, last_bias)), zs, hs
 
@@ -209,16 +209,13 @@ def last_back(ds, z, h, net, chunk, sums, tile, row, inside, SPEC: tl.constexpr)
 def second_back(e, z, h, net, back, chunk, sums, tile, row, inside, SPEC: tl.constexpr):
     """From e of the third layer to dL/dz of the second; stored too."""
     H2: tl.constexpr = width(1, SPEC)
-    SLAB: tl.constexpr = held_slab(SPEC)
-    COUNT: tl.constexpr = slab_count(H2, SLAB)
-    weights = load_matrix(back[1], width(2, SPEC), SLAB, 16, H2, SLAB)
     dh = ()
     outputs = ()
     for_slope = ()
-    for i in tl.static_range(COUNT):
+    for i in tl.static_range(len(h)):
         grad = tl.zeros(z[i].shape, tl.float32)
         for j in tl.static_range(len(e)):
-            weight = weights[j * COUNT + i]
+            weight = load_between(back[1], j, i, SPEC)
             grad = dot(e[j].to(weight.dtype), weight, grad, get(SPEC, "precision"))
         dh = dh + (grad,)
         outputs = outputs + (h[i].to(back[1].dtype.element_ty),)

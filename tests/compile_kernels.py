@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 import triton
+from recattn.kernels import settings
 from recorded_launches import recorded_launches
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -78,6 +79,7 @@ def main(operator: str, targets: list[str], dtypes: list[str], folder: Path) -> 
         for target in targets:
             hip = target.startswith("gfx")
             torch.version.hip = "6.4" if hip else None
+            settings.matrix_unit = lambda _, group=target in ("sm_90", "sm_100"): "group" if group else "warp"
             with recorded_launches() as launches, recattn.backend("triton"):
                 run_classic_case(dtype)
             gpu = (
