@@ -10,7 +10,6 @@ import pytest
 import torch
 from activation_unit_cases import HISTORIES, Case, variant
 from activation_unit_statistics_cases import assert_statistics_within_budget, statistics
-
 from recattn.kernels import settings
 
 import recattn
@@ -174,6 +173,7 @@ def test_statistics_and_gradients_are_bitwise_repeatable(backend: str) -> None:
 def test_bad_input_is_named() -> None:
     case = variant()
     t = case.tensors()
+    weights, biases = [t["weight 0"], t["weight 1"]], [t["bias 0"], t["bias 1"]]
     with pytest.raises(
         ValueError, match=re.escape("weights: expected at least one hidden layer, got 0 tensors")
     ):
@@ -181,7 +181,6 @@ def test_bad_input_is_named() -> None:
     with pytest.raises(
         ValueError, match=re.escape("activation_params: expected 1 (alpha, scale, shift) for dice")
     ):
-        weights, biases = [t["weight 0"], t["weight 1"]], [t["bias 0"], t["bias 1"]]
         functional.activation_unit_statistics(
             t["query"], t["keys"], case.offsets(), weights, biases, activation="dice", activation_params=[]
         )
