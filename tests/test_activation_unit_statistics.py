@@ -173,6 +173,7 @@ def test_statistics_and_gradients_are_bitwise_repeatable(backend: str) -> None:
 def test_bad_input_is_named() -> None:
     case = variant()
     t = case.tensors()
+    weights, biases = [t["weight 0"], t["weight 1"]], [t["bias 0"], t["bias 1"]]
     with pytest.raises(
         ValueError, match=re.escape("weights: expected at least one hidden layer, got 0 tensors")
     ):
