@@ -236,8 +236,8 @@ def programs(launch: Launch, rows: int, device: torch.device) -> int:
 
 
 def chunk_rows(launch: Launch, light: Launch, device: torch.device) -> int:
-    """The rows of a chunk of wide backward: a tile for each program that runs at once, and no less than a multiple of
-    the rows of a program that is launched with `light`."""
+    """The rows of a chunk of wide backward: a tile for each program that runs at once, rounded up to whole programs of
+    the `light` launch, whose rows are a multiple of a tile's."""
     return _round_up(_multiprocessors(device) * launch.programs_per_sm * launch.block, light.least_rows)
 
 
