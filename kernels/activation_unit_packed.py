@@ -56,10 +56,11 @@ def packed_forward_kernel(data, net, identity, out, lse, scores, part, part_stat
         peak = tl.full([], float("-inf"), tl.float32)
         mass = tl.zeros([GROUP, 8], tl.float32)
         acc = zero_rows(GROUP, DV, SLAB)
+        row = begin.to(tl.int64)
         for start in tl.range(begin, stop, BLOCK, num_stages=get(SPEC, "stages")):
             valid = token < (stop - start)
             member = member_of(data, start + token, sequence, count)  # [BLOCK]
-            k, v = load_keys(data, start.to(tl.int64), valid, SPEC)
+            k, v = load_keys(data, row, valid, SPEC)
             q = load_queries(data, sequence, member, SPEC)
             chosen = one_hot(identity, tl.where(valid, member, GROUP))  # [BLOCK, GROUP]
             x = k + multiply(q, k, APPROX) + (chosen,)
@@ -67,7 +68,7 @@ def packed_forward_kernel(data, net, identity, out, lse, scores, part, part_stat
             again = with_fresh_vectors(net, 0, first, layers, last, (stop - start).to(tl.int32), SPEC)
             s = score_tokens(x, first, again[1], slopes, again[2], SPEC)  # [BLOCK]
             if get(SPEC, "with_scores"):
-                tl.store(scores + start + token, s, mask=valid)
+                tl.store(scores + row + token, s, mask=valid)
             if SOFTMAX:
                 s = tl.where(valid, s, float("-inf"))
                 top = vector_max(s)
@@ -83,6 +84,7 @@ def packed_forward_kernel(data, net, identity, out, lse, scores, part, part_stat
             acc = add_rows(p_rows, v, acc, PRECISION)
             if SOFTMAX:
                 mass = dot(p_rows, ones, mass, PRECISION)
+            row += BLOCK
         first_row, last_row = member_rows(data, sequence, count)  # [GROUP]
         from_row, to_row = tl.maximum(first_row, begin), tl.minimum(last_row, stop)
         here = from_row < to_row
@@ -100,8 +102,8 @@ def packed_forward_kernel(data, net, identity, out, lse, scores, part, part_stat
                 tl.store(part_state + 2 * slot, tl.broadcast_to(peak, [GROUP]), mask=cut)
                 tl.store(part_state + 2 * slot + 1, norm, mask=cut)
                 acc = scale(acc, tl.where(whole, 1 / norm, 1.0)[:, None])
-            row = (sequence.to(tl.int64) + tl.arange(0, GROUP)) * DV
-            store_members(out + row, part + slot * DV, acc, whole, cut, DV, SLAB)
+            place = (sequence.to(tl.int64) + tl.arange(0, GROUP)) * DV
+            store_members(out + place, part + slot * DV, acc, whole, cut, DV, SLAB)
             begin = stop
             sequence += count
             most = 1 * GROUP

@@ -160,7 +160,7 @@ def packed_tokens_kernel(
         grad_q = zero_matrix(D, SLAB, GROUP, GROUP)
         grad_c = zero_matrix(H1, H1_SLAB, GROUP, GROUP)
         for start in tl.range(begin, stop, BLOCK, num_stages=get(SPEC, "stages")):
-            row = start.to(tl.int64)
+            row = tl.cast(start, tl.int64)  # which the interpreter has as a Python int
             valid = token < (stop - start)
             member = member_of(data, start + token, sequence, count)  # [BLOCK]
             k, v = load_keys(data, row, valid, SPEC)
@@ -264,10 +264,10 @@ def packed_weights_kernel(
     by_product = zero_matrix(D, SLAB, H1, H1_SLAB)
     sums = ()
     for i in tl.static_range(1, n):
-        weight = zero_matrix(width(i - 1, SPEC), widest(i - 1, SPEC), width(i, SPEC), widest(i, SPEC))
-        sums = sums + ((weight, zero_matrix(width(i, SPEC), widest(i, SPEC), 8, 8, 16, 8)),)
+        by_weight = zero_matrix(width(i - 1, SPEC), widest(i - 1, SPEC), width(i, SPEC), widest(i, SPEC))
+        sums = sums + ((by_weight, zero_matrix(width(i, SPEC), widest(i, SPEC), 8, 8, 16, 8)),)
     for start in tl.range(begin, end, BLOCK, num_stages=get(SPEC, "stages")):
-        row = start.to(tl.int64)
+        row = tl.cast(start, tl.int64)  # which the interpreter has as a Python int
         valid = token < (end - start)
         owner = tl.load(owners + row + token, mask=valid, other=0)
         k, _v = load_keys(data, row, valid, SPEC)
@@ -279,10 +279,8 @@ def packed_weights_kernel(
         for i in tl.static_range(1, n):
             dz = pick_up(grads[i], row, valid, i, SPEC)
             h = pick_up(units[i - 1], row, valid, i - 1, SPEC)
-            weight, bias = sums[i - 1]
-            more = more + (
-                (outer_sum(h, dz, weight, PRECISION), column_sum(dz, bias, DTYPE, PRECISION)),
-            )
+            by_weight = outer_sum(h, dz, sums[i - 1][0], PRECISION)
+            more = more + ((by_weight, column_sum(dz, sums[i - 1][1], DTYPE, PRECISION)),)
         sums = more
     own = program.to(tl.int64) * (H1 * D)
     add_matrix(grad_key_weight + own, by_key, 1, D, SLAB, H1, H1_SLAB)
