@@ -135,6 +135,9 @@ def uncovered(unit: Any) -> str | None:
             f"kernels take keys and values up to {settings.WIDEST_DIM} and hidden layers up to "
             f"{settings.WIDEST_HIDDEN} wide, not {dim} and {max(hidden)}"
         )
+    precision = settings.precision(unit.keys.dtype)
+    if not settings.wide_fits(precision, unit.keys.shape[1], hidden, unit.keys.device):
+        return f"the shared memory of this device does not hold a tile of keys {dim} and layers {hidden} wide"
     return None
 
 

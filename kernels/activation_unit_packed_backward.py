@@ -173,8 +173,8 @@ def packed_tokens_kernel(
         # Sums per member, turned: of a product with few rows each warp would compute them all.
         grad_q = zero_matrix(D, SLAB, GROUP, GROUP)
         grad_c = zero_matrix(H1, H1_SLAB, GROUP, GROUP)
-        row = begin.to(tl.int64)
         for start in tl.range(begin, stop, BLOCK, num_stages=get(SPEC, "stages")):
+            row = tl.cast(start, tl.int64)  # which the interpreter has as a Python int
             valid = token < (stop - start)
             member = member_of(data, start + token, sequence, count)  # [BLOCK]
             k, v = load_tile(data, row, valid, SPEC)
@@ -209,7 +209,6 @@ def packed_tokens_kernel(
             store_tile(grad_key, dk, data, row, valid, D, SPEC)
             grad_q = outer_sum(multiply(k, r, APPROX), (chosen,), grad_q, PRECISION)
             grad_c = outer_sum(dz, (chosen,), grad_c, PRECISION)
-            row += BLOCK
         first_row, last_row = member_rows(data, sequence, count)  # [GROUP]
         from_row, to_row = tl.maximum(first_row, begin), tl.minimum(last_row, stop)
         slot = slot_of(program, from_row, to_row, first_row, last_row)
@@ -277,8 +276,8 @@ def packed_weights_kernel(
     for i in tl.static_range(1, n):
         by_weight = zero_matrix(width(i - 1, SPEC), widest(i - 1, SPEC), width(i, SPEC), widest(i, SPEC))
         sums = sums + ((by_weight, zero_matrix(width(i, SPEC), widest(i, SPEC), 8, 8, 16, 8)),)
-    row = begin.to(tl.int64)
     for start in tl.range(begin, end, BLOCK, num_stages=get(SPEC, "stages")):
+        row = tl.cast(start, tl.int64)  # which the interpreter has as a Python int
         valid = token < (end - start)
         owner = tl.load(owners + row + token, mask=valid, other=0)
         k, _v = load_tile(data, row, valid, SPEC)
@@ -293,7 +292,6 @@ def packed_weights_kernel(
             by_weight = outer_sum(h, dz, sums[i - 1][0], PRECISION)
             more = more + ((by_weight, column_sum(dz, sums[i - 1][1], DTYPE, PRECISION)),)
         sums = more
-        row += BLOCK
     own = program.to(tl.int64) * (H1 * D)
     add_matrix(grad_key_weight + own, by_key, 1, D, SLAB, H1, H1_SLAB)
     add_matrix(grad_product_weight + own, by_product, 1, D, SLAB, H1, H1_SLAB)

@@ -176,6 +176,15 @@ def wide(
     return launch
 
 
+def wide_fits(precision: str, dim: int, hidden: Sequence[int], device: torch.device) -> bool:
+    """Whether shared memory holds the least tile of all wide kernels."""
+    unit = matrix_unit(device)
+    return all(
+        _wide_fits(wide(table, precision, dim, hidden, device, True), unit, precision, dim, hidden, device)
+        for table in (WIDE_SCORES, WIDE_BACKWARD)
+    )
+
+
 def matrix_unit(device: torch.device) -> str:
     """What makes a product: a `"warp"`, from registers, or a `"group"` of four, from shared memory, which wants tiles
     twice as high."""

@@ -26,11 +26,13 @@ pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 
 @pytest.fixture(autouse=True)
-def short_programs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Gives programs few enough rows that sequences of a test are cut, some more than once."""
+def own_tiles_and_short_programs(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Gives each sequence tiles of its own, and programs so few rows that sequences are cut, some more than once."""
     for table in (settings.FORWARD, settings.BACKWARD_TOKENS, settings.BACKWARD_WEIGHTS):
         for key, launch in table.items():
             monkeypatch.setitem(table, key, launch._replace(least_rows=24))
+    with settings.assuming(short=False):
+        yield
 
 
 @pytest.fixture(params=PRECISIONS)

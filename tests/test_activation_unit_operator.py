@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from activation_unit_cases import Case, activation_params, call, group, variant
+from recattn.kernels import settings
 from recorded_launches import recorded_launches
 from torch import Tensor
 
@@ -129,3 +130,14 @@ def test_neither_lengths_nor_batch_sizes_compile_kernels_anew() -> None:
         "weights_kernel": 2,
         "_merge_kernel": 2,  # of the output, and of gradients
     }
+
+
+def test_programs_take_equal_shares_whatever_the_lengths() -> None:
+    """One history of 20 000 items among many short ones, by Zipf's law."""
+    lengths = torch.clamp(20_000 / torch.arange(1, 4097), min=1).to(torch.int64)
+    rows = int(lengths.sum())
+    for launch in (settings.FORWARD["narrow", "half"], settings.BACKWARD_TOKENS["half"]):
+        count = settings.programs(launch, rows, torch.device("cpu"))
+        share = max(-(-rows // count), launch.least_rows)  # as schedule.rows_per_program
+        shares = [min(share, rows - begin) for begin in range(0, rows, share)]
+        assert max(shares) / (rows / len(shares)) <= 1.05

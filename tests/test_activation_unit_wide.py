@@ -181,3 +181,9 @@ def test_what_no_wide_kernel_covers_is_said() -> None:
     assert "queries that share histories" in message(shared)
     torch.set_float32_matmul_precision("highest")
     assert "float32 at its full accuracy" in message(variant(hidden=HIDDEN))
+
+
+def test_a_device_with_too_little_shared_memory_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(settings, "_shared_memory", lambda _: 16 << 10)
+    with pytest.raises(NotImplementedError, match="the shared memory of this device does not hold a tile"):
+        run(variant(hidden=HIDDEN))
