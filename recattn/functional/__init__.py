@@ -1,7 +1,8 @@
 """The operators, with every argument checked before anything is launched."""
 
 from recattn.functional.activation_unit import activation_unit
+from recattn.functional.attentional_gru import attentional_gru
 from recattn.functional.checks import check_choice
 from recattn.ops.activation_unit import ACTIVATIONS, FEATURES, NORMALIZATIONS
 
-__all__ = ["ACTIVATIONS", "FEATURES", "NORMALIZATIONS", "activation_unit", "check_choice"]
+__all__ = ["ACTIVATIONS", "FEATURES", "NORMALIZATIONS", "activation_unit", "attentional_gru", "check_choice"]

@@ -38,9 +38,11 @@ def expect_tensor(name: str, tensor: Any) -> None:
         raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
 
 
-def check_tensor(name: str, tensor: Tensor, shape: tuple[int | str, ...], like: Tensor) -> None:
+def check_tensor(
+    name: str, tensor: Tensor, shape: tuple[int | str, ...], like: Tensor, of: str = "keys"
+) -> None:
     """Raises unless `tensor` has this shape, where a string names a size that is free, and the dtype and device
-    of `like`."""
+    of `like`, which are those of the argument called `of`."""
     expect_tensor(name, tensor)
     fits = tensor.dim() == len(shape) and all(
         isinstance(want, str) or want == got for want, got in zip(shape, tensor.shape, strict=False)
@@ -49,6 +51,6 @@ def check_tensor(name: str, tensor: Tensor, shape: tuple[int | str, ...], like: 
         wanted = ", ".join(map(str, shape))
         raise ValueError(f"{name}: expected shape [{wanted}], got {list(tensor.shape)}")
     if tensor.dtype != like.dtype:
-        raise TypeError(f"{name}: expected {like.dtype}, as the keys, got {tensor.dtype}")
+        raise TypeError(f"{name}: expected {like.dtype}, as the {of}, got {tensor.dtype}")
     if tensor.device != like.device:
-        raise ValueError(f"{name}: expected device {like.device}, as the keys, got {tensor.device}")
+        raise ValueError(f"{name}: expected device {like.device}, as the {of}, got {tensor.device}")
