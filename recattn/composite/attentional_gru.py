@@ -7,9 +7,9 @@ of a whole block, and only what depends on the step before is left to the loop o
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from functools import cached_property
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -60,8 +60,14 @@ class Block:
     before: Tensor
     bounds: list[int]
 
-    def steps(self) -> Iterator[slice]:
-        return (slice(begin, end) for begin, end in zip(self.bounds, self.bounds[1:], strict=False))
+    @cached_property
+    def counts(self) -> list[int]:
+        """The rows of each step."""
+        return [end - begin for begin, end in zip(self.bounds, self.bounds[1:], strict=False)]
+
+    def steps(self, *tensors: Tensor) -> list[tuple[Tensor, ...]]:
+        """Of tensors `[rows, ...]` the rows of each step."""
+        return list(zip(*(x.split(self.counts) for x in tensors), strict=True))
 
 
 @dataclass(frozen=True)
@@ -97,26 +103,29 @@ class Schedule:
         return cls(torch.from_numpy(order).to(offsets.device), blocks)
 
 
-@dataclass(frozen=True)
 class Layer:
-    """The parameters in the dtype to compute in, transposed as products of rows take them."""
+    """The parameters in the dtype to compute in, transposed as products of rows take them.
 
-    call: Recurrence
-    weight_ih: Tensor  # [I, 3H]
-    weight_hh: Tensor  # [H, 3H]
-    bias_ih: Tensor  # [3H], with all of bias_hh but what the reset gate scales
-    bias_n: Tensor | None  # [H], what the reset gate scales
+    Pre-activations of a row are those of the gates, r and z or only r; what the reset gate scales, if it scales a
+    product; and the candidate's.
+    """
 
-    @classmethod
-    def of(cls, call: Recurrence) -> Layer:
+    def __init__(self, call: Recurrence) -> None:
         weight_ih, weight_hh, bias_ih, bias_hh = (
             x.to(call.dtype) for x in (call.weight_ih, call.weight_hh, call.bias_ih, call.bias_hh)
         )
-        bias_n = None
-        if call.reset_after:
-            bias_n = bias_hh[2 * call.size :]
-            bias_hh = torch.cat([bias_hh[: 2 * call.size], torch.zeros_like(bias_n)])
-        return cls(call, weight_ih.t(), weight_hh.t(), bias_ih + bias_hh, bias_n)
+        size = call.size
+        self.call = call
+        self.gates = size if call.kind == "agru" else 2 * size  # columns; agru reads no z
+        self.hidden = 2 * size + self.gates if call.reset_after else self.gates + size
+        rows = [slice(0, self.gates), slice(2 * size, 3 * size)]
+        zero = weight_ih.new_zeros(size if call.reset_after else 0, weight_ih.shape[1])
+        gate, candidate = (weight_ih[r] for r in rows)
+        self.weight_ih = torch.cat([gate, zero, candidate]).t()
+        self.weight_gates, self.weight_n = (weight_hh[r].t() for r in rows)
+        self.weight_hh = torch.cat([weight_hh[r] for r in rows]).t()
+        gate, inner, outer = (bias_ih + bias_hh)[rows[0]], bias_hh[rows[1]], bias_ih[rows[1]]
+        self.bias = torch.cat([gate, inner, outer] if call.reset_after else [gate, inner + outer])
 
     def inputs(self, block: Block) -> tuple[Tensor, Tensor, Tensor | None]:
         """What the products read, what came, and the attention: `[rows, I]` twice and `[rows, 1]`."""
@@ -126,69 +135,97 @@ class Layer:
         a = self.call.scores.index_select(0, block.rows).to(self.call.dtype).unsqueeze(1)
         return a * x if self.call.kind == "aigru" else x, x, a
 
-    def candidate(self, h: Tensor, r: Tensor, out: Tensor | None = None) -> Tensor:
-        """What the states and the reset gate add to the candidate's pre-activation."""
-        weight = self.weight_hh[:, 2 * self.call.size :]
-        if self.bias_n is None:
-            return torch.mm(r * h, weight, out=out)
-        return torch.addmm(self.bias_n, h, weight, out=out)
+    def project(self, x: Tensor) -> Tensor:
+        """The inputs' part of the pre-activations."""
+        return torch.addmm(self.bias, x, self.weight_ih)
 
-    def update(self, z: Tensor, a: Tensor | None) -> Tensor:
+    def split(self, pre: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The pre-activations of what a product with the state completes, of the gates, and of the candidate."""
+        products = self.gates + self.call.size if self.call.reset_after else self.gates
+        return pre[:, :products], pre[:, : self.gates], pre[:, -self.call.size :]
+
+    def complete(
+        self, products: Tensor, gates: Tensor, candidate: Tensor, h: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Adds the state's part to pre-activations in place: the gates r and z, where there is no z r again, what the
+        reset gate scales, and the candidate."""
+        size = self.call.size
+        if self.call.reset_after:
+            products.addmm_(h, self.weight_hh)
+            hidden = products[:, self.gates :]
+        else:
+            products.addmm_(h, self.weight_gates)
+            hidden = h
+        gates.sigmoid_()
+        r, z = gates[:, :size], gates[:, -size:]
+        if self.call.reset_after:
+            candidate.addcmul_(r, hidden).tanh_()
+        else:
+            candidate.addmm_(r * h, self.weight_n).tanh_()
+        return r, z, hidden, candidate
+
+    def update(self, z: Tensor, a: Any) -> Tensor:
         """How far the state moves to the candidate, from the keep gate and the attention."""
         match self.call.kind, self.call.update:
             case "agru", _:
-                return a  # type: ignore[return-value]
+                return a
             case "augru", "paper":
-                return torch.addcmul(a, a, z, value=-1)  # type: ignore[arg-type]
+                return torch.addcmul(a, a, z, value=-1)
             case "augru", "official":
-                return torch.add((a - 1) * z, 1)  # type: ignore[operator]
+                return torch.addcmul(z.new_ones(()), a - 1, z)
         return 1 - z
 
-    def update_slopes(self, z: Tensor, a: Tensor | None) -> tuple[Tensor | float, Tensor | float]:
-        """The derivatives of the update by the keep gate and by the attention."""
+    def slopes(self, z: Tensor, n: Tensor, move: Tensor, a: Any, out: Tensor) -> tuple[Tensor, Tensor]:
+        """Of a step's gradient, what reaches the candidate's pre-activation and what the state before keeps. What
+        reaches the keep gate's goes to `out`."""
+        u = self.update(z, a)
+        through = torch.addcmul(u, u * n, n, value=-1)
         match self.call.kind, self.call.update:
             case "agru", _:
-                return 0.0, 1.0
+                out.zero_()
+                return through, (1 - u).expand_as(n)
             case "augru", "paper":
-                return -a, 1 - z  # type: ignore[operator]
+                by_z = -a
             case "augru", "official":
-                return a - 1, z  # type: ignore[operator]
-        return -1.0, 0.0
+                by_z = a - 1
+            case _:
+                by_z = -1
+        torch.addcmul(z, z, z, value=-1, out=out).mul_(move).mul_(by_z)
+        return through, 1 - u
+
+    def score_gradient(self, z: Tensor, move: Tensor, dh: Tensor) -> Tensor:
+        """Of what attention does to the update."""
+        match self.call.kind, self.call.update:
+            case "augru", "paper":
+                move = torch.addcmul(move, move, z, value=-1)
+            case "augru", "official":
+                move = move * z
+        return torch.linalg.vecdot(dh, move)
 
 
 def forward(call: Recurrence) -> tuple[Tensor, Tensor]:
     """`states [T, H]` and `last [B, H]`, in the dtype of the inputs."""
-    layer, schedule, size = Layer.of(call), Schedule.of(call.offsets), call.size
-    states = call.inputs.new_zeros(call.inputs.shape[0], size)
-    h = call.inputs.new_zeros(call.batch, size, dtype=call.dtype)
-    if call.initial is not None:
-        h.copy_(call.initial.index_select(0, schedule.order))
+    layer, schedule = Layer(call), Schedule.of(call.offsets)
+    states = call.inputs.new_zeros(call.inputs.shape[0], call.size)
+    h = call.inputs.new_zeros(call.batch, call.size) if call.initial is None else call.initial
     last = h.clone()
-    gates = 1 if call.kind == "agru" else 2  # which reads no z
-    weight_gates = layer.weight_hh[:, : gates * size].contiguous()
+    h = h.index_select(0, schedule.order).to(call.dtype)
     for block in schedule.blocks:
-        x, _, a = layer.inputs(block)
-        projected = torch.addmm(layer.bias_ih, x, layer.weight_ih)
-        after = torch.empty_like(projected[:, :size])
-        for step in block.steps():
-            count = step.stop - step.start
-            h = h[:count]
-            gate = torch.addmm(projected[step, : gates * size], h, weight_gates).sigmoid_()
-            r, z = gate[:, :size], gate[:, size:]
-            n = layer.candidate(h, r)
-            if call.reset_after:
-                n.mul_(r)
-            n.add_(projected[step, 2 * size :]).tanh_()
-            attention = None if a is None else a[step]
+        x, _, attention = layer.inputs(block)
+        after = x.new_empty(len(block.rows), call.size)
+        a = after if attention is None else attention
+        for products, gates, candidate, a_step, out in block.steps(*layer.split(layer.project(x)), a, after):
+            h = h[: len(out)]
+            _, z, _, n = layer.complete(products, gates, candidate, h)
             if call.kind in ("gru", "aigru"):
-                h = torch.lerp(n, h, z, out=after[step])
+                h = torch.lerp(n, h, z, out=out)
             else:
-                h = torch.lerp(h, n, layer.update(z, attention), out=after[step])
-            last[:count] = h
+                h = torch.lerp(h, n, layer.update(z, a_step), out=out)
         states.index_copy_(0, block.rows, after.to(states.dtype))
-    result = torch.empty_like(last, dtype=states.dtype)
-    result[schedule.order] = last.to(states.dtype)
-    return states, result
+    if schedule.blocks:
+        ended = states.index_select(0, (call.offsets[1:] - 1).clamp_min(0))
+        last = torch.where(call.offsets.diff().unsqueeze(1) > 0, ended, last)
+    return states, last
 
 
 def backward(
@@ -199,7 +236,7 @@ def backward(
     The gates depend on the states alone, so the gradient that a step passes on is linear in the one it gets, with
     coefficients that a block computes for all its steps at once.
     """
-    layer, schedule, size = Layer.of(call), Schedule.of(call.offsets), call.size
+    layer, schedule, size = Layer(call), Schedule.of(call.offsets), call.size
     like = call.inputs.new_empty(0, dtype=call.dtype)
     grad_inputs = like.new_zeros(call.inputs.shape)
     grad_scores = None if call.scores is None else like.new_zeros(call.scores.shape)
@@ -209,58 +246,56 @@ def backward(
     if grad_last is not None:
         carry.copy_(grad_last.index_select(0, schedule.order))
     weight_ih, weight_hh = call.weight_ih.to(call.dtype), call.weight_hh.to(call.dtype)
+    weight_gates, weight_n = weight_hh[: 2 * size], weight_hh[2 * size :]
     for block in reversed(schedule.blocks):
         x, raw, a = layer.inputs(block)
         h = _states_before(call, states, schedule, block)
-        gates = torch.addmm(layer.bias_ih, x, layer.weight_ih)
-        gate = gates[:, : 2 * size].addmm_(h, layer.weight_hh[:, : 2 * size]).sigmoid_()
-        r, z = gate[:, :size], gate[:, size:]
-        hidden = layer.candidate(h, r)
-        n = gates[:, 2 * size :].add_(r * hidden if call.reset_after else hidden).tanh_()
-        u = layer.update(z, a)
-        by_z, by_a = layer.update_slopes(z, a)
-        # What a step's gradient dh is multiplied with: coefficients [rows, 3, H] of the pre-activations.
-        through = torch.addcmul(u, u * n, n, value=-1) if call.kind != "agru" else u * (1 - n * n)
-        factors = like.new_empty(len(block.rows), 3, size)
-        slope_r = torch.addcmul(r, r, r, value=-1)
-        torch.mul(through, r, out=factors[:, 2]) if call.reset_after else factors[:, 2].copy_(through)
-        torch.mul(through * hidden if call.reset_after else h, slope_r, out=factors[:, 0])
-        torch.mul((n - h).mul_(by_z), torch.addcmul(z, z, z, value=-1), out=factors[:, 1])
-        keep = (1 - u).expand(-1, size)
-        dh = like.new_zeros(len(block.rows), size)
+        r, z, hidden, n = layer.complete(*layer.split(layer.project(x)), h)
+        move = n - h
+        # Of a step's gradient dh, what reaches the pre-activations of r, z and n, and what h without them.
+        factors = x.new_empty(len(x), 3, size)
+        through, keep = layer.slopes(z, n, move, a, factors[:, 1])
+        torch.mul(torch.addcmul(r, r, r, value=-1), hidden, out=factors[:, 0])
+        if call.reset_after:
+            factors[:, 0].mul_(through)
+            torch.mul(through, r, out=factors[:, 2])
+        else:
+            factors[:, 2] = through
+        dh = x.new_zeros(len(x), size)
         if grad_states is not None:
             torch.index_select(grad_states.to(call.dtype), 0, block.rows, out=dh)
         grads = torch.empty_like(factors)
-        for step in reversed(list(block.steps())):
-            count = step.stop - step.start
-            d = dh[step].add_(carry[:count])
+        flat = grads.view(-1, 3 * size)
+        for d, factor, grad, product, keep_step, r_step in reversed(
+            block.steps(dh, factors, grads, flat, keep, r)
+        ):
+            passed = carry[: len(d)]
+            d += passed
             if call.reset_after:
-                g = torch.mul(factors[step], d.unsqueeze(1), out=grads[step]).view(count, 3 * size)
-                torch.mul(d, keep[step], out=carry[:count]).addmm_(g, weight_hh)
+                torch.mul(factor, d.unsqueeze(1), out=grad)
+                torch.mul(d, keep_step, out=passed).addmm_(product, weight_hh)
             else:
-                g = grads[step]
-                torch.mul(factors[step, 1:], d.unsqueeze(1), out=g[:, 1:])
-                gated = torch.mm(g[:, 2], weight_hh[2 * size :])
-                torch.mul(gated, factors[step, 0], out=g[:, 0])
-                torch.mul(d, keep[step], out=carry[:count]).addcmul_(gated, r[step])
-                carry[:count].addmm_(g[:, :2].reshape(count, -1), weight_hh[: 2 * size])
-        grad = grads.view(-1, 3 * size)
+                torch.mul(factor[:, 1:], d.unsqueeze(1), out=grad[:, 1:])
+                reset = torch.mm(grad[:, 2], weight_n)
+                torch.mul(reset, factor[:, 0], out=grad[:, 0])
+                torch.mul(d, keep_step, out=passed).addcmul_(reset, r_step)
+                passed.addmm_(product[:, : 2 * size], weight_gates)
         if call.reset_after:
-            grad_hh.addmm_(grad.t(), h)
-            bias_hh += grad.sum(0)
+            grad_hh.addmm_(flat.t(), h)
+            bias_hh += flat.sum(0)
             torch.mul(dh, through, out=grads[:, 2])
         else:
-            grad_hh[: 2 * size].addmm_(grad[:, : 2 * size].t(), h)
+            grad_hh[: 2 * size].addmm_(flat[:, : 2 * size].t(), h)
             grad_hh[2 * size :].addmm_(grads[:, 2].t(), r * h)
-        grad_ih.addmm_(grad.t(), x)
-        bias_ih += grad.sum(0)
-        grad_x = grad @ weight_ih
+        grad_ih.addmm_(flat.t(), x)
+        bias_ih += flat.sum(0)
+        grad_x = flat @ weight_ih
         if grad_scores is not None:
             if call.kind == "aigru":
                 grad_a = torch.linalg.vecdot(grad_x, raw)
-                grad_x *= a
+                grad_x *= a  # type: ignore[arg-type]
             else:
-                grad_a = torch.linalg.vecdot(dh * by_a, n - h)
+                grad_a = layer.score_gradient(z, move, dh)
             grad_scores.index_copy_(0, block.rows, grad_a)
         grad_inputs.index_copy_(0, block.rows, grad_x)
     if not call.reset_after:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -10,7 +12,7 @@ from torch import Tensor
 def step(
     x: Tensor,
     h: Tensor,
-    a: Tensor | None,
+    a: Any,
     weight_ih: Tensor,
     weight_hh: Tensor,
     bias_ih: Tensor,
@@ -19,7 +21,7 @@ def step(
     update: str,
     reset_after: bool,
 ) -> Tensor:
-    """The state after `x [..., I]`, from the one before, `[..., H]`, and the attention `a [..., 1]`."""
+    """The state after `x [..., I]`, from the one before, `[..., H]`, and the attention `a [..., 1]` if there is any."""
     if kind == "aigru":
         x = a * x
     size = h.shape[-1]
