@@ -14,12 +14,12 @@ from recattn.jagged import Jagged, offsets_of
 from recattn.reference import attentional_gru, attentional_gru_padded
 
 HISTORIES = {
-    "ragged with empty ones": [0, 1, 9, 0, 0, 23, 5, 12, 0, 2, 7, 7, 3, 1, 4, 8, 2, 0, 6],
+    "ragged with empty ones": [0, 1, 9, 0, 0, 17, 5, 2, 7, 0, 3, 1],
     "no history": [],
     "only empty ones": [0, 0, 0],
     "a single item": [1],
-    "one huge among short ones": [1, 2, 1, 3, 90, 2, 0, 1, 1, 2],
-    "all equal": [16] * 8,
+    "one huge among short ones": [1, 2, 1, 3, 50, 2, 0, 1, 1, 2],
+    "all equal": [7] * 8,
 }
 # kind and update
 CELLS = [("gru", "paper"), ("agru", "paper"), ("aigru", "paper"), ("augru", "paper"), ("augru", "official")]
@@ -134,7 +134,7 @@ def assert_within_budget(case: Case, got: dict[str, Tensor], tensors: dict[str, 
         assert not value.isnan().any(), name
         if value.numel():
             error, eager_error = _rms(value.double() - truth[name]), errors[name]
-            if sum(case.lengths) < 8:
+            if value.numel() < 8 or sum(case.lengths) < 8:
                 eager_error = max(eager_error, relative * _rms(truth[name]))
             budget = 2 * eager_error + epsilon * _rms(truth[name]) + noise
             assert error <= budget, f"{name}: error {error:.2e}, budget {budget:.2e}, eager {eager_error:.2e}"
