@@ -37,8 +37,10 @@ from .attentional_gru import (
 )
 from .primitives import dot, tanh
 
-ROWS = 64  # of a tile of the passes over tokens
-PASS_WARPS = {16: 4, 32: 4, 64: 4, 128: 8}  # by the number of units, rounded up
+# Rows of a tile and warps of the passes over tokens, by the number of units, rounded up.
+COEFFICIENTS = {16: (64, 4), 32: (64, 4), 64: (64, 8), 128: (64, 8)}
+GRADIENTS = {16: (64, 4), 32: (64, 4), 64: (64, 8), 128: (64, 8)}
+WEIGHTS = {16: (64, 4), 32: (64, 4), 64: (64, 4), 128: (64, 8)}
 LEAST_ROWS, MOST_PARTS = 1024, 64  # of a program that sums over rows; of the programs
 
 
@@ -290,69 +292,76 @@ def gradients_kernel(data, states, starts, grads, errors, grad_inputs, grad_scor
 
 
 @triton.jit
-def add_product(data, states, starts, errors, row, valid, acc, total, slot: tl.constexpr, of_state: tl.constexpr,
-                SPEC: tl.constexpr):  # fmt: skip
-    """Adds a tile of rows to a gate's weight gradient and to its bias gradient, this before it is summed over rows."""
-    SIZE: tl.constexpr = get(SPEC, "size")
-    UNITS: tl.constexpr = get(SPEC, "units")
-    e = load_rows(errors + slot * SIZE, row, 4 * SIZE, valid, SIZE, UNITS)
-    if of_state and slot == 2 and not get(SPEC, "reset_after"):
-        operand = load_rows(errors + 3 * SIZE, row, 4 * SIZE, valid, SIZE, UNITS)
-    elif of_state:
-        operand = load_before(data, states, starts, row, valid, SPEC)
+def load_operand(data, states, starts, errors, row, valid, gate, of_state: tl.constexpr, SPEC: tl.constexpr):
+    """What a gate's product reads: `[rows, columns]`, or of the states `[rows, units]`."""
+    if of_state:
+        if get(SPEC, "reset_after"):
+            return load_before(data, states, starts, row, valid, SPEC)
+        else:
+            SIZE: tl.constexpr = get(SPEC, "size")
+            UNITS: tl.constexpr = get(SPEC, "units")
+            h = load_before(data, states, starts, row, valid & (gate < 2), SPEC)
+            reset = load_rows(errors + 3 * SIZE, row, 4 * SIZE, valid & (gate == 2), SIZE, UNITS)
+            return tl.where(gate == 2, reset, h)
     else:
-        operand = load_inputs(data, row, load_attention(data, row, valid, SPEC), valid, SPEC)
-    return dot(tl.trans(e), operand, acc, get(SPEC, "precision")), total + e.to(tl.float32)
+        return load_inputs(data, row, load_attention(data, row, valid, SPEC), valid, SPEC)
 
 
 @triton.jit
 def sum_products(
-    data, states, starts, errors, weights, biases, share, slot: tl.constexpr, of_state: tl.constexpr,
+    data,
+    states,
+    starts,
+    errors,
+    weights,
+    biases,
+    begin,
+    end,
+    gate,
+    of_state: tl.constexpr,
     SPEC: tl.constexpr,
-):  # fmt: skip
-    """A program's rows of one gate, of the inputs or of the states."""
+):
+    """The rows from begin to end of a gate's weight gradient and bias gradient."""
     SIZE: tl.constexpr = get(SPEC, "size")
     UNITS: tl.constexpr = get(SPEC, "units")
     BLOCK: tl.constexpr = get(SPEC, "block")
     WIDTH: tl.constexpr = SIZE if of_state else get(SPEC, "width")
     COLUMNS: tl.constexpr = UNITS if of_state else get(SPEC, "columns")
+    slot = gate
+    if of_state and get(SPEC, "reset_after"):
+        slot = tl.where(gate == 2, 3, gate)  # the candidate's behind the reset gate
     acc = tl.zeros([UNITS, COLUMNS], tl.float32)
-    total = tl.zeros([BLOCK, UNITS], tl.float32)
-    begin = tl.program_id(0).to(tl.int64) * share
-    end = tl.minimum(begin + share, tl.load(data.offsets + data.batch).to(tl.int64))
+    total = tl.zeros([BLOCK, UNITS], tl.float32)  # summed over rows at last
     for start in range(begin, end, BLOCK):
         row = start + tl.arange(0, BLOCK)
-        acc, total = add_product(
-            data, states, starts, errors, row, row < end, acc, total, slot, of_state, SPEC
-        )
+        valid = row < end
+        e = load_rows(errors + slot * SIZE, row, 4 * SIZE, valid, SIZE, UNITS)
+        operand = load_operand(data, states, starts, errors, row, valid, gate, of_state, SPEC)
+        acc = dot(tl.trans(e), operand, acc, get(SPEC, "precision"))
+        total += e.to(tl.float32)
     unit = tl.arange(0, UNITS)
-    store_rows(weights, acc, unit, WIDTH, unit < SIZE, WIDTH)
-    tl.store(biases + unit, tl.sum(total, 0), mask=unit < SIZE)
+    store_rows(weights + gate * SIZE * WIDTH, acc, unit, WIDTH, unit < SIZE, WIDTH)
+    tl.store(biases + gate * SIZE + unit, tl.sum(total, 0), mask=unit < SIZE)
 
 
 @triton.jit
 def weights_kernel(data, states, starts, errors, weights, biases, share, SPEC: tl.constexpr):
-    """One program per part of the rows and gate: its sums for `weight_ih`, `weight_hh` and both biases."""
+    """One program per part of the rows, and gate of `weight_ih` or of `weight_hh`."""
     SIZE: tl.constexpr = get(SPEC, "size")
     WIDTH: tl.constexpr = get(SPEC, "width")
     part = tl.program_id(0).to(tl.int64)
-    ih = weights + part * 3 * SIZE * (WIDTH + SIZE)
-    hh = ih + 3 * SIZE * WIDTH
-    b_ih = biases + part * 6 * SIZE
-    b_hh = b_ih + 3 * SIZE
-    for gate in tl.static_range(3):
-        if (gate != 1) or get(SPEC, "keeps"):
-            slot: tl.constexpr = 3 if gate == 2 and get(SPEC, "reset_after") else gate
-            if tl.program_id(1) == gate:
-                sum_products(
-                    data, states, starts, errors, ih + gate * SIZE * WIDTH, b_ih + gate * SIZE, share, gate, False,
-                    SPEC,
-                )  # fmt: skip
-            if tl.program_id(1) == 3 + gate:
-                sum_products(
-                    data, states, starts, errors, hh + gate * SIZE * SIZE, b_hh + gate * SIZE, share, slot, True,
-                    SPEC,
-                )  # fmt: skip
+    begin = part * share
+    end = tl.minimum(begin + share, tl.load(data.offsets + data.batch).to(tl.int64))
+    weights += part * 3 * SIZE * (WIDTH + SIZE)
+    biases += part * 6 * SIZE
+    gate = tl.program_id(1)
+    if gate % 3 != 1 or get(SPEC, "keeps"):
+        if gate < 3:
+            sum_products(data, states, starts, errors, weights, biases, begin, end, gate, False, SPEC)
+        else:
+            weights += 3 * SIZE * WIDTH
+            biases += 3 * SIZE
+            sum_products(data, states, starts, errors, weights, biases, begin, end, gate - 3, True, SPEC)
 
 
 # ------------------------------------------------------------------------------------------------ launcher
@@ -390,10 +399,17 @@ def backward(
             upstream=grad_states is not None,
             final=grad_last is not None,
         )
-        rowwise = replace(reverse, block=ROWS, upstream=False, final=False)
+        units = max(scan.units, scan.columns)
+
+        def passes(table: dict[int, tuple[int, int]]) -> dict[str, Any]:
+            block, warps = table[units]
+            return {"SPEC": replace(scan, factors=factors.stride(0), block=block), "num_warps": warps}
+
+        def tiles(table: dict[int, tuple[int, int]]) -> tuple[int]:
+            return (triton.cdiv(rows, table[units][0]),)
+
         upstream, final = (grads if g is None else g.contiguous() for g in (grad_states, grad_last))
-        tiles, warps = (triton.cdiv(rows, ROWS),), PASS_WARPS[scan.units]
-        coefficients_kernel[tiles](data, states, starts, factors, SPEC=rowwise, num_warps=warps)
+        coefficients_kernel[tiles(COEFFICIENTS)](data, states, starts, factors, **passes(COEFFICIENTS))
         reverse_kernel[(triton.cdiv(batch, SEQUENCES),)](
             data,
             factors,
@@ -404,12 +420,10 @@ def backward(
             SPEC=reverse,
             num_warps=STEP_WARPS[scan.units],
         )
-        gradients_kernel[tiles](
-            data, states, starts, grads, errors, grad_inputs, kept, SPEC=rowwise, num_warps=warps
+        gradients_kernel[tiles(GRADIENTS)](
+            data, states, starts, grads, errors, grad_inputs, kept, **passes(GRADIENTS)
         )
-        weights_kernel[(parts, 6)](
-            data, states, starts, errors, weights, biases, share, SPEC=rowwise, num_warps=warps
-        )
+        weights_kernel[(parts, 6)](data, states, starts, errors, weights, biases, share, **passes(WEIGHTS))
     weight, vector = weights.sum(0), biases.sum(0).view(2, 3 * size)
     weight_ih, weight_hh = weight.split([3 * size * width, 3 * size * size])
     return (
