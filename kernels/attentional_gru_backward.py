@@ -228,7 +228,7 @@ def reverse_kernel(data, factors, grad_states, grad_last, grads, grad_initial, S
     for gate in tl.static_range(3):
         weights = weights + (tl.trans(state_weight(data, gate, SPEC)),)
     steps = tl.max(length, 0)
-    step = load_factors(factors, grad_states, begin + steps - 1, steps <= length, SPEC)
+    step = load_factors(factors, grad_states, begin + steps - 1, (steps > 0) & (steps <= length), SPEC)
     for i in range(steps):
         t = steps - 1 - i
         ahead = load_factors(factors, grad_states, begin + t - 1, (t > 0) & (t <= length), SPEC)
