@@ -304,7 +304,6 @@ def prepare(call: Any) -> tuple[Scan, Spec]:
     inputs = call.inputs
     if inputs.stride(1) != 1 or inputs.stride(0) >= 1 << 24:
         inputs = inputs.contiguous()
-    parameters = [x.contiguous() for x in (call.weight_ih, call.weight_hh, call.bias_ih, call.bias_hh)]
     scores = inputs if call.scores is None else call.scores.contiguous()
     initial = inputs if call.initial is None else call.initial.contiguous()
     offsets = call.offsets.contiguous()
@@ -324,5 +323,17 @@ def prepare(call: Any) -> tuple[Scan, Spec]:
         approx=precision == "half" and nvidia and not triton.knobs.runtime.interpret,
         block=SEQUENCES,
     )
-    data = Scan(inputs, scores, offsets, order, initial, *parameters, offsets.numel() - 1, inputs.shape[0])
+    data = Scan(
+        inputs=inputs,
+        scores=scores,
+        offsets=offsets,
+        order=order,
+        initial=initial,
+        weight_ih=call.weight_ih.contiguous(),
+        weight_hh=call.weight_hh.contiguous(),
+        bias_ih=call.bias_ih.contiguous(),
+        bias_hh=call.bias_hh.contiguous(),
+        batch=call.batch,
+        rows=inputs.shape[0],
+    )
     return data, spec
