@@ -54,7 +54,6 @@ class Spec:
     precision: str  # of products, as tl.dot takes it
     approx: bool  # approximate instructions of NVIDIA GPUs
     block: int  # sequences or rows per program
-    factors: int = 0  # of a row, in backward
     upstream: bool = False  # whether the states have a gradient
     final: bool = False  # whether the last ones have
 
@@ -72,6 +71,22 @@ class Spec:
     def attentive(self) -> bool:
         """Whether there is attention."""
         return self.scaled or self.cell != "gru"
+
+    @property
+    def weighs(self) -> bool:
+        """Whether the attention is in the update."""
+        return self.cell != "gru"
+
+    @property
+    def factor_names(self) -> tuple[str, ...]:
+        """What backward keeps of a row."""
+        names = ("r", "n", "kept", "hidden" if self.reset_after else "reset")
+        return names + ("z",) * self.keeps + ("score",) * self.weighs
+
+    @property
+    def factors(self) -> int:
+        """How far apart rows of them lie."""
+        return len(self.factor_names) * self.size
 
     @property
     def keeps(self) -> bool:
