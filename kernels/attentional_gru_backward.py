@@ -22,6 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import settings
 from .arguments import get
 from .attentional_gru import (
     SEQUENCES,
@@ -35,10 +36,10 @@ from .attentional_gru import (
 from .attentional_gru_rows import coefficients_kernel, gradients_kernel, place, weights_kernel
 from .primitives import dot
 
-# Rows of a tile and warps of the passes over tokens, by the number of units, rounded up.
-COEFFICIENTS = {16: (64, 4), 32: (64, 4), 64: (64, 8), 128: (64, 8)}
-GRADIENTS = {16: (64, 4), 32: (64, 4), 64: (64, 8), 128: (64, 8)}
-WEIGHTS = {16: (64, 4), 32: (64, 4), 64: (64, 4), 128: (64, 8)}
+# Rows of a tile and warps of the passes over tokens, by precision.
+COEFFICIENTS = {"half": (64, 8), "tf32": (32, 8), "ieee": (16, 4)}
+GRADIENTS = {"half": (64, 8), "tf32": (64, 8), "ieee": (32, 8)}
+WEIGHTS = {"half": (64, 4), "tf32": (32, 8), "ieee": (32, 8)}
 LEAST_ROWS, MOST_PARTS = 1024, 64  # of a program that sums over rows; of the programs
 
 
@@ -155,14 +156,14 @@ def backward(
             upstream=grad_states is not None,
             final=grad_last is not None,
         )
-        units = max(scan.units, scan.columns)
+        precision = settings.precision(call.inputs.dtype)
 
-        def passes(table: dict[int, tuple[int, int]]) -> dict[str, Any]:
-            block, warps = table[units]
+        def passes(table: dict[str, tuple[int, int]]) -> dict[str, Any]:
+            block, warps = table[precision]
             return {"SPEC": replace(scan, block=block), "num_warps": warps}
 
-        def tiles(table: dict[int, tuple[int, int]]) -> tuple[int]:
-            return (triton.cdiv(rows, table[units][0]),)
+        def tiles(table: dict[str, tuple[int, int]]) -> tuple[int]:
+            return (triton.cdiv(rows, table[precision][0]),)
 
         upstream, final = (grads if g is None else g.contiguous() for g in (grad_states, grad_last))
         coefficients_kernel[tiles(COEFFICIENTS)](data, states, starts, factors, **passes(COEFFICIENTS))
