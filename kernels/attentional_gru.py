@@ -6,7 +6,7 @@ operand, and eight sequences, as few as a product takes, share a step.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +19,7 @@ from .arguments import get
 from .primitives import dot, tanh
 
 WIDEST = 128  # of inputs and states
+OTHER_BYTES = 8 << 10  # of a program's memory, that weights do not take
 SEQUENCES = 8  # of a program
 STEP_WARPS = {16: 1, 32: 2, 64: 4, 128: 8}  # by the number of units, rounded up
 
@@ -298,52 +299,39 @@ def uncovered(call: Any) -> str | None:
     widest = max(call.inputs.shape[1], call.size)
     if widest > WIDEST:
         return f"kernels take inputs and states up to {WIDEST} wide, not {widest}"
+    spec = specialize(call)
+    if not fits(spec, spec.units, call.inputs):
+        return f"the recurrent weights of {call.size} units in {call.inputs.dtype} do not stay on chip"
     return None
 
 
 def forward(call: Any) -> tuple[Tensor, Tensor]:
     """`states [T, H]` and `last [B, H]` of a `recattn.composite.attentional_gru.Recurrence`."""
-    data, spec = prepare(call)
+    data, spec = prepare(call), specialize(call)
     states = call.inputs.new_empty(data.rows, spec.size)
     last = call.inputs.new_empty(data.batch, spec.size)
     if data.batch == 0:
         return states.zero_(), last
+    if not fits(spec, spec.units + spec.columns, states):
+        inputs = call.inputs * call.scores.unsqueeze(1) if spec.scaled else call.inputs
+        data = data._replace(inputs=inputs @ call.weight_ih.t())
+        spec = replace(spec, projected=True, stride=3 * spec.size)
     scan_kernel[(triton.cdiv(data.batch, SEQUENCES),)](
         data, states, last, SPEC=spec, num_warps=STEP_WARPS[spec.units]
     )
     return states, last
 
 
-def prepare(call: Any) -> tuple[Scan, Spec]:
-    """A call as the scan takes it."""
-    inputs = call.inputs
-    if inputs.stride(1) != 1 or inputs.stride(0) >= 1 << 24:
-        inputs = inputs.contiguous()
-    scores = inputs if call.scores is None else call.scores.contiguous()
-    initial = inputs if call.initial is None else call.initial.contiguous()
+def prepare(call: Any) -> Scan:
+    """A call as the kernels take it."""
+    inputs = call.inputs if _near(call.inputs) else call.inputs.contiguous()
     offsets = call.offsets.contiguous()
-    order = torch.argsort(offsets.diff(), descending=True, stable=True)
-    precision = settings.precision(inputs.dtype)
-    nvidia = torch.version.hip is None
-    spec = Spec(
-        width=inputs.shape[1],
-        size=call.size,
-        cell={"aigru": "gru", "augru": call.update}.get(call.kind, call.kind),
-        scaled=call.kind == "aigru",
-        reset_after=call.reset_after,
-        initial=call.initial is not None,
-        projected=False,
-        stride=inputs.stride(0),
-        precision="tf32" if precision != "ieee" else "tf32x3" if nvidia else "ieee",
-        approx=precision == "half" and nvidia and not triton.knobs.runtime.interpret,
-        block=SEQUENCES,
-    )
-    data = Scan(
+    return Scan(
         inputs=inputs,
-        scores=scores,
+        scores=inputs if call.scores is None else call.scores.contiguous(),
         offsets=offsets,
-        order=order,
-        initial=initial,
+        order=torch.argsort(offsets.diff(), descending=True, stable=True),
+        initial=inputs if call.initial is None else call.initial.contiguous(),
         weight_ih=call.weight_ih.contiguous(),
         weight_hh=call.weight_hh.contiguous(),
         bias_ih=call.bias_ih.contiguous(),
@@ -351,4 +339,33 @@ def prepare(call: Any) -> tuple[Scan, Spec]:
         batch=call.batch,
         rows=inputs.shape[0],
     )
-    return data, spec
+
+
+def specialize(call: Any) -> Spec:
+    precision = settings.precision(call.inputs.dtype)
+    nvidia = torch.version.hip is None
+    return Spec(
+        width=call.inputs.shape[1],
+        size=call.size,
+        cell={"aigru": "gru", "augru": call.update}.get(call.kind, call.kind),
+        scaled=call.kind == "aigru",
+        reset_after=call.reset_after,
+        initial=call.initial is not None,
+        projected=False,
+        stride=call.inputs.stride(0) if _near(call.inputs) else call.inputs.shape[1],
+        precision="tf32" if precision != "ieee" else "tf32x3" if nvidia else "ieee",
+        approx=precision == "half" and nvidia and not triton.knobs.runtime.interpret,
+        block=SEQUENCES,
+    )
+
+
+def fits(spec: Spec, columns: int, like: Tensor) -> bool:
+    """Whether a program can keep weights `[3, units, columns]`, where "tf32x3" has two parts of each."""
+    parts = 2 if spec.precision == "tf32x3" else 1
+    needed = 3 * spec.units * columns * like.element_size() * parts
+    return needed + OTHER_BYTES <= settings._shared_memory(like.device)
+
+
+def _near(inputs: Tensor) -> bool:
+    """Whether 32 bits reach across a tile of rows, whose elements lie together."""
+    return inputs.stride(1) == 1 and inputs.stride(0) < 1 << 24

@@ -30,16 +30,17 @@ from .attentional_gru import (
     load_tile,
     prepare,
     sequences_of,
+    specialize,
     state_weight,
     store_tile,
 )
 from .attentional_gru_rows import coefficients_kernel, gradients_kernel, place, weights_kernel
 from .primitives import dot
 
-# Rows of a tile and warps of the passes over tokens, by precision.
-COEFFICIENTS = {"half": (64, 8), "tf32": (32, 8), "ieee": (16, 4)}
-GRADIENTS = {"half": (64, 8), "tf32": (64, 8), "ieee": (32, 8)}
-WEIGHTS = {"half": (64, 4), "tf32": (32, 8), "ieee": (32, 8)}
+# Rows of a tile and warps of the passes over tokens, by precision, and in 16 bits by width: above 64 it is "broad".
+COEFFICIENTS = {"half": (64, 8), "broad": (32, 8), "tf32": (32, 8), "ieee": (16, 4)}
+GRADIENTS = {"half": (64, 8), "broad": (16, 8), "tf32": (64, 8), "ieee": (32, 8)}
+WEIGHTS = {"half": (64, 4), "broad": (32, 8), "tf32": (32, 8), "ieee": (32, 8)}
 LEAST_ROWS, MOST_PARTS = 1024, 64  # of a program that sums over rows; of the programs
 
 
@@ -130,7 +131,7 @@ def backward(
     call: Any, states: Tensor, grad_states: Tensor | None, grad_last: Tensor | None
 ) -> tuple[Tensor | None, ...]:
     """Gradients of the inputs, scores, weights, biases and the initial state."""
-    data, scan = prepare(call)
+    data, scan = prepare(call), specialize(call)
     width, size, rows, batch = scan.width, scan.size, data.rows, data.batch
     new = call.inputs.new_empty
     grad_inputs = new(rows, width)
@@ -157,13 +158,14 @@ def backward(
             final=grad_last is not None,
         )
         precision = settings.precision(call.inputs.dtype)
+        kind = "broad" if precision == "half" and max(width, size) > 64 else precision
 
         def passes(table: dict[str, tuple[int, int]]) -> dict[str, Any]:
-            block, warps = table[precision]
+            block, warps = table[kind]
             return {"SPEC": replace(scan, block=block), "num_warps": warps}
 
         def tiles(table: dict[str, tuple[int, int]]) -> tuple[int]:
-            return (triton.cdiv(rows, table[precision][0]),)
+            return (triton.cdiv(rows, table[kind][0]),)
 
         upstream, final = (grads if g is None else g.contiguous() for g in (grad_states, grad_last))
         coefficients_kernel[tiles(COEFFICIENTS)](data, states, starts, factors, **passes(COEFFICIENTS))

@@ -64,9 +64,15 @@ def test_kernels_equal_the_formula_for_every_cell(
     check(variant(kind=kind, update=update, reset_after=reset_after, dtype=precision, initial=False))
 
 
-@pytest.mark.parametrize(("width", "size"), [(1, 1), (16, 32), (36, 36), (40, 5), (7, 80), (128, 128)])
+@pytest.mark.parametrize(("width", "size"), [(1, 1), (16, 32), (36, 36), (40, 5), (7, 64)])
 def test_kernels_equal_the_formula_for_every_width(width: int, size: int) -> None:
     check(variant(lengths=[3, 0, 9, 1], width=width, size=size))
+
+
+@pytest.mark.parametrize("kind", ["augru", "aigru"])
+@pytest.mark.parametrize(("width", "size"), [(70, 128), (128, 80)])
+def test_kernels_equal_the_formula_for_wide_states(width: int, size: int, kind: str) -> None:
+    check(variant(lengths=[3, 0, 9, 1], width=width, size=size, kind=kind, dtype=torch.bfloat16))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -173,6 +179,8 @@ def test_a_backend_asked_for_by_name_never_falls_back() -> None:
         run(variant(dtype=torch.float64), "triton")
     with pytest.raises(NotImplementedError, match=r'backend "triton".*up to 128 wide, not 200'):
         run(variant(size=200), "triton")
+    with pytest.raises(NotImplementedError, match=r'backend "triton".*weights of 80 units in torch.float32'):
+        run(variant(size=80), "triton")
 
 
 def test_autocast_casts_and_gradients_keep_the_dtype_of_their_tensor() -> None:
