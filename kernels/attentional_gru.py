@@ -316,7 +316,10 @@ def forward(call: Any) -> tuple[Tensor, Tensor]:
         inputs = call.inputs * call.scores.unsqueeze(1) if spec.scaled else call.inputs
         data = data._replace(inputs=inputs @ call.weight_ih.t())
         spec = replace(spec, projected=True, stride=3 * spec.size)
-    scan_kernel[(triton.cdiv(data.batch, SEQUENCES),)](
+    scan = scan_kernel
+    if spec.approx and spec.reset_after and not spec.projected and max(spec.units, spec.columns) <= 64:
+        from .attentional_gru_mma import scan_mma_kernel as scan
+    scan[(triton.cdiv(data.batch, SEQUENCES),)](
         data, states, last, SPEC=spec, num_warps=STEP_WARPS[spec.units]
     )
     return states, last
