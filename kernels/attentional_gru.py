@@ -16,6 +16,7 @@ from torch import Tensor
 
 from . import settings
 from .arguments import get
+from .attentional_gru_mma import scan_mma_kernel
 from .primitives import dot, tanh
 
 WIDEST = 128  # of inputs and states
@@ -316,10 +317,8 @@ def forward(call: Any) -> tuple[Tensor, Tensor]:
         inputs = call.inputs * call.scores.unsqueeze(1) if spec.scaled else call.inputs
         data = data._replace(inputs=inputs @ call.weight_ih.t())
         spec = replace(spec, projected=True, stride=3 * spec.size)
-    scan = scan_kernel
-    if spec.approx and spec.reset_after and not spec.projected and max(spec.units, spec.columns) <= 64:
-        from .attentional_gru_mma import scan_mma_kernel as scan
-    scan[(triton.cdiv(data.batch, SEQUENCES),)](
+    fast = spec.approx and spec.reset_after and max(spec.units, spec.columns) <= 64
+    (scan_mma_kernel if fast else scan_kernel)[(triton.cdiv(data.batch, SEQUENCES),)](
         data, states, last, SPEC=spec, num_warps=STEP_WARPS[spec.units]
     )
     return states, last

@@ -53,7 +53,10 @@ def load_weight(pointer, gate: gl.constexpr, factor: gl.constexpr, WIDTH: gl.con
     row = gl.arange(0, get(SPEC, "units"), gl.SliceLayout(1, LAYOUT))[:, None]
     slabs = ()
     for i in gl.static_range(slab_count(WIDTH, 64)):
-        column = slab_start(i, WIDTH, 64) + gl.arange(0, slab_size(i, WIDTH, 64), gl.SliceLayout(0, LAYOUT))[None, :]
+        column = (
+            slab_start(i, WIDTH, 64)
+            + gl.arange(0, slab_size(i, WIDTH, 64), gl.SliceLayout(0, LAYOUT))[None, :]
+        )
         inside = (row < SIZE) & (column < WIDTH)
         slab = gl.load(pointer + (gate * SIZE + row) * WIDTH + column, mask=inside, other=0.0)
         slabs = slabs + ((slab.to(gl.float32) * factor).to(slab.dtype),)
@@ -72,7 +75,9 @@ def load_bias(pointer, gate: gl.constexpr, SPEC: gl.constexpr):
 def multiply(weights, buffer, acc, WIDTH: gl.constexpr, SPEC: gl.constexpr):
     """Adds weights times what a buffer holds."""
     for i in gl.static_range(slab_count(WIDTH, 64)):
-        operand = buffer.slice(slab_start(i, WIDTH, 64), slab_size(i, WIDTH, 64)).load(operand_layout(1, SPEC))
+        operand = buffer.slice(slab_start(i, WIDTH, 64), slab_size(i, WIDTH, 64)).load(
+            operand_layout(1, SPEC)
+        )
         acc = mma_v2(weights[i], operand, acc)
     return acc
 
@@ -213,6 +218,7 @@ def scan_mma_kernel(data, states, last, SPEC: gl.constexpr):
     a0 = load_attention(data, begin, length, 0, SPEC)
     a1 = load_attention(data, begin, length, 1, SPEC)
     even.store(start)
+    gl.barrier()  # here, as else the compiler puts a third into the loop
     h = start.to(gl.float32)
     for t in range(0, gl.max(length, 0), 2):
         h, a0, x0 = step(

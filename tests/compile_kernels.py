@@ -20,6 +20,7 @@ import triton
 from recorded_launches import recorded_launches
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
 
 import recattn
 
@@ -49,7 +50,8 @@ def source(kernel: Any, args: tuple[Any, ...], constants: dict[str, Any]) -> AST
     names = kernel.arg_names
     signature = {name: kind(value, (i,)) for i, (name, value) in enumerate(zip(names, args, strict=False))}
     signature |= dict.fromkeys(constants, "constexpr")
-    return ASTSource(
+    language = GluonASTSource if isinstance(kernel, GluonJITFunction) else ASTSource
+    return language(
         kernel, signature, {(names.index(name),): value for name, value in constants.items()}, attrs
     )
 

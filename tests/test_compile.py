@@ -19,6 +19,7 @@ KERNELS = {
     "activation_unit": {"_forward_kernel", "tokens_kernel", "weights_kernel", "_merge_kernel"},
     "attentional_gru": {
         "scan_kernel",
+        "scan_mma_kernel",
         "coefficients_kernel",
         "reverse_kernel",
         "gradients_kernel",
