@@ -14,6 +14,8 @@ from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 from .arguments import get
 from .primitives import slab_count, slab_size, slab_start
 
+barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # as Triton 3.6 has it
+
 
 @gluon.constexpr_function
 def tile_layout(spec):
@@ -218,7 +220,7 @@ def scan_mma_kernel(data, states, last, SPEC: gl.constexpr):
     a0 = load_attention(data, begin, length, 0, SPEC)
     a1 = load_attention(data, begin, length, 1, SPEC)
     even.store(start)
-    gl.barrier()  # here, as else the compiler puts a third into the loop
+    barrier()  # here, as else the compiler puts a third into the loop
     h = start.to(gl.float32)
     for t in range(0, gl.max(length, 0), 2):
         h, a0, x0 = step(
