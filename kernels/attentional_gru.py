@@ -70,6 +70,11 @@ class Spec:
         return max(16, triton.next_power_of_2(self.width))
 
     @property
+    def fast(self) -> bool:
+        """Whether the kernels with layouts written out take it."""
+        return self.approx and self.reset_after and max(self.units, self.columns) <= 64
+
+    @property
     def attentive(self) -> bool:
         """Whether there is attention."""
         return self.scaled or self.cell != "gru"
@@ -317,8 +322,7 @@ def forward(call: Any) -> tuple[Tensor, Tensor]:
         inputs = call.inputs * call.scores.unsqueeze(1) if spec.scaled else call.inputs
         data = data._replace(inputs=inputs @ call.weight_ih.t())
         spec = replace(spec, projected=True, stride=3 * spec.size)
-    fast = spec.approx and spec.reset_after and max(spec.units, spec.columns) <= 64
-    (scan_mma_kernel if fast else scan_kernel)[(triton.cdiv(data.batch, SEQUENCES),)](
+    (scan_mma_kernel if spec.fast else scan_kernel)[(triton.cdiv(data.batch, SEQUENCES),)](
         data, states, last, SPEC=spec, num_warps=STEP_WARPS[spec.units]
     )
     return states, last

@@ -34,6 +34,7 @@ from .attentional_gru import (
     state_weight,
     store_tile,
 )
+from .attentional_gru_reverse_mma import reverse_mma_kernel
 from .attentional_gru_rows import coefficients_kernel, gradients_kernel, place, weights_kernel
 from .primitives import dot
 
@@ -169,7 +170,7 @@ def backward(
 
         upstream, final = (grads if g is None else g.contiguous() for g in (grad_states, grad_last))
         coefficients_kernel[tiles(COEFFICIENTS)](data, states, starts, factors, **passes(COEFFICIENTS))
-        reverse_kernel[(triton.cdiv(batch, SEQUENCES),)](
+        (reverse_mma_kernel if scan.fast else reverse_kernel)[(triton.cdiv(batch, SEQUENCES),)](
             data,
             factors,
             upstream,

@@ -22,6 +22,7 @@ KERNELS = {
         "scan_mma_kernel",
         "coefficients_kernel",
         "reverse_kernel",
+        "reverse_mma_kernel",
         "gradients_kernel",
         "weights_kernel",
     },
