@@ -17,12 +17,13 @@ from typing import Any
 
 import torch
 import triton
-from recattn.kernels import settings
 from recorded_launches import recorded_launches
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
 
 import recattn
+from recattn.kernels import settings
 
 POINTERS = {
     torch.float32: "*fp32",
@@ -50,7 +51,8 @@ def source(kernel: Any, args: tuple[Any, ...], constants: dict[str, Any]) -> AST
     names = kernel.arg_names
     signature = {name: kind(value, (i,)) for i, (name, value) in enumerate(zip(names, args, strict=False))}
     signature |= dict.fromkeys(constants, "constexpr")
-    return ASTSource(
+    language = GluonASTSource if isinstance(kernel, GluonJITFunction) else ASTSource
+    return language(
         kernel, signature, {(names.index(name),): value for name, value in constants.items()}, attrs
     )
 

@@ -32,6 +32,15 @@ KERNELS = {
         "histories_kernel",
         "_merge_kernel",
     },
+    "attentional_gru": {
+        "scan_kernel",
+        "scan_mma_kernel",
+        "coefficients_kernel",
+        "reverse_kernel",
+        "reverse_mma_kernel",
+        "gradients_kernel",
+        "weights_kernel",
+    },
 }
 PRODUCTS = ["bf16", "fp16", "tf32", "fp32"]
 

@@ -39,10 +39,16 @@ def expect_tensor(name: str, tensor: Any) -> None:
 
 
 def check_tensor(
-    name: str, tensor: Tensor, shape: tuple[int | str, ...], like: Tensor, or_float32: bool = False
+    name: str,
+    tensor: Tensor,
+    shape: tuple[int | str, ...],
+    like: Tensor,
+    or_float32: bool = False,
+    of: str = "keys",
 ) -> None:
     """Raises unless `tensor` has this shape, where a string names a size that is free, and the dtype and device
-    of `like`. With `or_float32` it may be of float32 where `like` is narrower."""
+    of `like`, which are those of the argument called `of`. With `or_float32` it may be of float32 where `like` is
+    narrower."""
     expect_tensor(name, tensor)
     fits = tensor.dim() == len(shape) and all(
         isinstance(want, str) or want == got for want, got in zip(shape, tensor.shape, strict=False)
@@ -53,6 +59,6 @@ def check_tensor(
     if or_float32 and tensor.dtype == torch.float32 == torch.promote_types(like.dtype, torch.float32):
         pass
     elif tensor.dtype != like.dtype:
-        raise TypeError(f"{name}: expected {like.dtype}, as the keys, got {tensor.dtype}")
+        raise TypeError(f"{name}: expected {like.dtype}, as the {of}, got {tensor.dtype}")
     if tensor.device != like.device:
-        raise ValueError(f"{name}: expected device {like.device}, as the keys, got {tensor.device}")
+        raise ValueError(f"{name}: expected device {like.device}, as the {of}, got {tensor.device}")

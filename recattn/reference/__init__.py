@@ -2,5 +2,12 @@
 
 from recattn.reference.activation_unit import activation_unit, activation_unit_padded
 from recattn.reference.activation_unit_statistics import activation_unit_statistics
+from recattn.reference.attentional_gru import attentional_gru, attentional_gru_padded
 
-__all__ = ["activation_unit", "activation_unit_padded", "activation_unit_statistics"]
+__all__ = [
+    "activation_unit",
+    "activation_unit_padded",
+    "activation_unit_statistics",
+    "attentional_gru",
+    "attentional_gru_padded",
+]

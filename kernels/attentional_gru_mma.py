@@ -1,0 +1,238 @@
+"""attentional_gru forward in 16 bits on NVIDIA GPUs, its layouts written out: one barrier per step.
+
+A warp owns 16 units of all gates, so that gates never leave the threads that compute them, and eight sequences are the
+columns of the narrowest mma. Weights stay in registers. The state, rounded, and the next inputs cross shared memory in
+two buffers that take turns: what a step writes, the next one reads behind the barrier between them.
+"""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import mma_v2
+
+from .arguments import get
+from .primitives import slab_count, slab_size, slab_start
+
+barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # as Triton 3.6 has it
+
+
+@gluon.constexpr_function
+def tile_layout(spec):
+    """Of `[units, block]`: each warp has 16 units."""
+    return gl.NVMMADistributedLayout([2, 0], [spec.units // 16, 1], [16, 8])
+
+
+@gluon.constexpr_function
+def operand_layout(index, spec):
+    return gl.DotOperandLayout(index, tile_layout(spec), 2)
+
+
+@gluon.constexpr_function
+def input_layout(spec):
+    """Of the inputs on their way from memory, `[columns, block]`, four elements of a row to a thread."""
+    return gl.BlockedLayout([4, 1], [spec.columns // 4, 128 // spec.columns], [1, spec.units // 16], [0, 1])
+
+
+@gluon.constexpr_function
+def staged_layout(spec):
+    """Of the inputs in shared memory: a row's elements lie together, rows are shifted so that banks differ."""
+    return gl.SwizzledSharedLayout(8, max(1, 64 // spec.columns), min(8, spec.columns // 8), [0, 1])
+
+
+@gluon.jit
+def tanh(x):
+    return gl.inline_asm_elementwise(
+        "tanh.approx.f32 $0, $1;", "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1
+    )
+
+
+@gluon.jit
+def load_weight(pointer, gate: gl.constexpr, factor: gl.constexpr, WIDTH: gl.constexpr, SPEC: gl.constexpr):
+    """A gate's third of `[3H, WIDTH]` times a factor, as slabs `[units, size]`, in the registers of its products."""
+    SIZE: gl.constexpr = get(SPEC, "size")
+    LAYOUT: gl.constexpr = operand_layout(0, SPEC)
+    row = gl.arange(0, get(SPEC, "units"), gl.SliceLayout(1, LAYOUT))[:, None]
+    slabs = ()
+    for i in gl.static_range(slab_count(WIDTH, 64)):
+        column = (
+            slab_start(i, WIDTH, 64)
+            + gl.arange(0, slab_size(i, WIDTH, 64), gl.SliceLayout(0, LAYOUT))[None, :]
+        )
+        inside = (row < SIZE) & (column < WIDTH)
+        slab = gl.load(pointer + (gate * SIZE + row) * WIDTH + column, mask=inside, other=0.0)
+        slabs = slabs + ((slab.to(gl.float32) * factor).to(slab.dtype),)
+    return slabs
+
+
+@gluon.jit
+def load_bias(pointer, gate: gl.constexpr, SPEC: gl.constexpr):
+    """A gate's third of `[3H]`: `[units, 1]`."""
+    SIZE: gl.constexpr = get(SPEC, "size")
+    unit = gl.arange(0, get(SPEC, "units"), gl.SliceLayout(1, tile_layout(SPEC)))
+    return gl.load(pointer + gate * SIZE + unit, mask=unit < SIZE, other=0.0).to(gl.float32)[:, None]
+
+
+@gluon.jit
+def multiply(weights, buffer, acc, WIDTH: gl.constexpr, SPEC: gl.constexpr):
+    """Adds weights times what a buffer holds."""
+    for i in gl.static_range(slab_count(WIDTH, 64)):
+        operand = buffer.slice(slab_start(i, WIDTH, 64), slab_size(i, WIDTH, 64)).load(
+            operand_layout(1, SPEC)
+        )
+        acc = mma_v2(weights[i], operand, acc)
+    return acc
+
+
+@gluon.jit
+def load_attention(data, begin, length, t, SPEC: gl.constexpr):
+    """Of step t, `[block]`."""
+    if get(SPEC, "weighs"):
+        return gl.load(data.scores + begin + t, mask=t < length, other=0.0).to(gl.float32)
+    else:
+        return gl.zeros([get(SPEC, "block")], gl.float32, gl.SliceLayout(0, tile_layout(SPEC)))
+
+
+@gluon.jit
+def load_inputs(data, begin, length, t, SPEC: gl.constexpr):
+    """Of step t, `[columns, block]`, on their way."""
+    LAYOUT: gl.constexpr = input_layout(SPEC)
+    column = gl.arange(0, get(SPEC, "columns"), gl.SliceLayout(1, LAYOUT))[:, None]
+    valid = t < length
+    mask = valid[None, :] & (column < get(SPEC, "width"))
+    x = gl.load(data.inputs + (begin + t)[None, :] * get(SPEC, "stride") + column, mask=mask, other=0.0)
+    if get(SPEC, "scaled"):
+        a = gl.load(data.scores + begin + t, mask=valid, other=0.0).to(gl.float32)
+        x = (x.to(gl.float32) * a[None, :]).to(x.dtype)
+    return x
+
+
+@gluon.jit
+def move_to(tz, a, SPEC: gl.constexpr):
+    """How far the state moves to the candidate, where the keep gate is (tz + 1) / 2."""
+    if get(SPEC, "cell") == "agru":
+        return a
+    elif get(SPEC, "cell") == "paper":
+        return 0.5 * a - 0.5 * a * tz
+    elif get(SPEC, "cell") == "official":
+        return (0.5 + 0.5 * a) + (0.5 * a - 0.5) * tz
+    else:
+        return 0.5 - 0.5 * tz
+
+
+@gluon.jit
+def step(
+    data, states, t, h, a, x, rows, input_rows, now, then, x_now, x_then, input_weights, state_weights, biases,
+    SPEC: gl.constexpr,
+):  # fmt: skip
+    """Step t: the state after it, and of the step two on the attention, of the one three on the inputs."""
+    SIZE: gl.constexpr = get(SPEC, "size")
+    WIDTH: gl.constexpr = get(SPEC, "width")
+    LAYOUT: gl.constexpr = tile_layout(SPEC)
+    begin, length = rows
+    x_then.store(x)
+    x = load_inputs(data, input_rows[0], input_rows[1], t + 3, SPEC)
+    zero = gl.zeros([get(SPEC, "units"), get(SPEC, "block")], gl.float32, LAYOUT)
+    r = multiply(input_weights[0], x_now, zero + biases[0], WIDTH, SPEC)
+    n = multiply(input_weights[2], x_now, zero + biases[2], WIDTH, SPEC)
+    tz = r
+    if get(SPEC, "keeps"):
+        tz = multiply(input_weights[1], x_now, zero + biases[1], WIDTH, SPEC)
+    r = tanh(multiply(state_weights[0], now, r, SIZE, SPEC))
+    hidden = multiply(state_weights[2], now, zero + biases[3], SIZE, SPEC)
+    if get(SPEC, "keeps"):
+        tz = tanh(multiply(state_weights[1], now, tz, SIZE, SPEC))
+    n = tanh(n + hidden + r * hidden)
+    h = h + move_to(tz, a[None, :], SPEC) * (n - h)
+    rounded = h.to(states.dtype.element_ty)
+    then.store(rounded)
+    unit = gl.arange(0, get(SPEC, "units"), gl.SliceLayout(1, LAYOUT))[:, None]
+    place = states + (begin + t)[None, :] * SIZE + unit
+    gl.store(place, rounded, mask=(t < length)[None, :] & (unit < SIZE))
+    return h, load_attention(data, begin, length, t + 2, SPEC), x
+
+
+@gluon.jit
+def rows_of(data, SPEC: gl.constexpr, LAYOUT: gl.constexpr):
+    """The program's sequences, which of them there are, where they begin, and their lengths: `[block]` each."""
+    slot = gl.program_id(0) * get(SPEC, "block") + gl.arange(0, get(SPEC, "block"), gl.SliceLayout(0, LAYOUT))
+    live = slot < data.batch
+    sequence = gl.load(data.order + slot, mask=live, other=0).to(gl.int64)
+    begin = gl.load(data.offsets + sequence, mask=live, other=0).to(gl.int64)
+    end = gl.load(data.offsets + sequence + 1, mask=live, other=0).to(gl.int64)
+    return sequence, live, begin, (end - begin).to(gl.int32)
+
+
+@gluon.jit
+def clear_slack(pointer, data, SPEC: gl.constexpr):
+    """Zeroes the rows `[size]` behind the last sequence."""
+    SIZE: gl.constexpr = get(SPEC, "size")
+    LAYOUT: gl.constexpr = gl.SliceLayout(1, tile_layout(SPEC))
+    unit = gl.arange(0, get(SPEC, "units"), LAYOUT)
+    row = gl.load(data.offsets + data.batch).to(gl.int64) + gl.program_id(0)
+    while row < data.rows:
+        nothing = gl.zeros([get(SPEC, "units")], pointer.dtype.element_ty, LAYOUT)
+        gl.store(pointer + row * SIZE + unit, nothing, mask=unit < SIZE)
+        row += gl.num_programs(0)
+
+
+@gluon.jit
+def scan_mma_kernel(data, states, last, SPEC: gl.constexpr):
+    SIZE: gl.constexpr = get(SPEC, "size")
+    UNITS: gl.constexpr = get(SPEC, "units")
+    BLOCK: gl.constexpr = get(SPEC, "block")
+    COLUMNS: gl.constexpr = get(SPEC, "columns")
+    LAYOUT: gl.constexpr = tile_layout(SPEC)
+    STATE: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
+    dtype: gl.constexpr = states.dtype.element_ty
+    sequence, live, begin, length = rows_of(data, SPEC, LAYOUT)
+    _, _, input_begin, input_length = rows_of(data, SPEC, input_layout(SPEC))
+    clear_slack(states, data, SPEC)
+    unit = gl.arange(0, UNITS, gl.SliceLayout(1, LAYOUT))[:, None]
+    kept = live[None, :] & (unit < SIZE)
+    place = sequence[None, :] * SIZE + unit
+    start = gl.zeros([UNITS, BLOCK], dtype, LAYOUT)
+    if get(SPEC, "initial"):
+        start = gl.load(data.initial + place, mask=kept, other=0.0)
+    # Sigmoid is tanh in other clothes: half of r and z, and half of what r scales.
+    input_weights = ()
+    state_weights = ()
+    for gate in gl.static_range(3):
+        input_weights = input_weights + (
+            load_weight(data.weight_ih, gate, 0.5 if gate < 2 else 1.0, get(SPEC, "width"), SPEC),
+        )
+        state_weights = state_weights + (load_weight(data.weight_hh, gate, 0.5, SIZE, SPEC),)
+    biases = (
+        0.5 * (load_bias(data.bias_ih, 0, SPEC) + load_bias(data.bias_hh, 0, SPEC)),
+        0.5 * (load_bias(data.bias_ih, 1, SPEC) + load_bias(data.bias_hh, 1, SPEC)),
+        load_bias(data.bias_ih, 2, SPEC),
+        0.5 * load_bias(data.bias_hh, 2, SPEC),
+    )
+    even = gl.allocate_shared_memory(dtype, [UNITS, BLOCK], STATE)
+    odd = gl.allocate_shared_memory(dtype, [UNITS, BLOCK], STATE)
+    x_even = gl.allocate_shared_memory(dtype, [COLUMNS, BLOCK], staged_layout(SPEC))
+    x_odd = gl.allocate_shared_memory(dtype, [COLUMNS, BLOCK], staged_layout(SPEC))
+    rows = (begin, length)
+    input_rows = (input_begin, input_length)
+    x_even.store(load_inputs(data, input_begin, input_length, 0, SPEC))
+    x0 = load_inputs(data, input_begin, input_length, 1, SPEC)
+    x1 = load_inputs(data, input_begin, input_length, 2, SPEC)
+    a0 = load_attention(data, begin, length, 0, SPEC)
+    a1 = load_attention(data, begin, length, 1, SPEC)
+    even.store(start)
+    barrier()  # here, as else the compiler puts a third into the loop
+    h = start.to(gl.float32)
+    for t in range(0, gl.max(length, 0), 2):
+        h, a0, x0 = step(
+            data, states, t, h, a0, x0, rows, input_rows, even, odd, x_even, x_odd, input_weights, state_weights,
+            biases, SPEC,
+        )  # fmt: skip
+        h, a1, x1 = step(
+            data, states, t + 1, h, a1, x1, rows, input_rows, odd, even, x_odd, x_even, input_weights, state_weights,
+            biases, SPEC,
+        )  # fmt: skip
+    # A thread reads what it has written itself.
+    ended = gl.load(
+        states + (begin + length - 1)[None, :] * SIZE + unit, mask=kept & (length > 0)[None, :], other=0.0
+    )
+    gl.store(last + place, gl.where((length > 0)[None, :], ended, start), mask=kept)

@@ -1,0 +1,297 @@
+"""attentional_gru backward, what is done token by token: the factors before the recurrence, and the sums behind it."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .arguments import get
+from .attentional_gru import (
+    bias,
+    both_biases,
+    input_weight,
+    load_attention,
+    move_to,
+    sigmoid,
+    state_weight,
+)
+from .primitives import dot, tanh
+
+# ------------------------------------------------------------------------------------------------ tiles
+
+
+@triton.jit
+def load_rows(pointer, row, stride, valid, WIDTH: tl.constexpr, COLUMNS: tl.constexpr):
+    """Rows of a matrix, zero where they are not valid: `[rows, COLUMNS]`."""
+    column = tl.arange(0, COLUMNS)[None, :]
+    mask = valid[:, None] & (column < WIDTH)
+    return tl.load(pointer + row[:, None] * stride + column, mask=mask, other=0.0)
+
+
+@triton.jit
+def store_rows(pointer, tile, row, stride, valid, WIDTH: tl.constexpr):
+    column = tl.arange(0, tile.shape[1])[None, :]
+    mask = valid[:, None] & (column < WIDTH)
+    tl.store(pointer + row[:, None] * stride + column, tile.to(pointer.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def load_before(data, states, starts, row, valid, SPEC: tl.constexpr):
+    """The states that rows start from: `[rows, units]`."""
+    SIZE: tl.constexpr = get(SPEC, "size")
+    UNITS: tl.constexpr = get(SPEC, "units")
+    started = tl.load(starts + row, mask=valid, other=0)  # the sequence that begins here, or -1
+    h = load_rows(states, row - 1, SIZE, valid & (started < 0), SIZE, UNITS)
+    if get(SPEC, "initial"):
+        first = load_rows(data.initial, started.to(tl.int64), SIZE, valid & (started >= 0), SIZE, UNITS)
+        return tl.where((started >= 0)[:, None], first, h)
+    else:
+        return h
+
+
+@triton.jit
+def load_inputs(data, row, a, valid, SPEC: tl.constexpr):
+    """What the products read: `[rows, columns]`."""
+    x = load_rows(data.inputs, row, get(SPEC, "stride"), valid, get(SPEC, "width"), get(SPEC, "columns"))
+    if get(SPEC, "scaled"):
+        x = (x.to(tl.float32) * a[:, None]).to(x.dtype)
+    return x
+
+
+# ------------------------------------------------------------------------------------------------ the cell
+
+
+@triton.jit
+def project(data, x, vector, gate: tl.constexpr, SPEC: tl.constexpr):
+    """`[rows, units]`."""
+    zero = tl.zeros([x.shape[0], get(SPEC, "units")], tl.float32)
+    return dot(x, tl.trans(input_weight(data, gate, SPEC)), zero + vector[None, :], get(SPEC, "precision"))
+
+
+@triton.jit
+def recur(data, h, acc, gate: tl.constexpr, SPEC: tl.constexpr):
+    return dot(h, tl.trans(state_weight(data, gate, SPEC)), acc, get(SPEC, "precision"))
+
+
+@triton.jit
+def gates(data, x, h, SPEC: tl.constexpr):
+    """The gates r, z (r again where there is none) and n, and what the reset gate scales: `[rows, units]`."""
+    APPROX: tl.constexpr = get(SPEC, "approx")
+    r = project(data, x, both_biases(data, 0, SPEC), 0, SPEC)
+    r = sigmoid(recur(data, h, r, 0, SPEC), APPROX)
+    z = r
+    if get(SPEC, "keeps"):
+        z = project(data, x, both_biases(data, 1, SPEC), 1, SPEC)
+        z = sigmoid(recur(data, h, z, 1, SPEC), APPROX)
+    if get(SPEC, "reset_after"):
+        zero = tl.zeros([x.shape[0], get(SPEC, "units")], tl.float32)
+        hidden = recur(data, h, zero + bias(data.bias_hh, 2, SPEC)[None, :], 2, SPEC)
+        n = project(data, x, bias(data.bias_ih, 2, SPEC), 2, SPEC) + r * hidden
+    else:
+        hidden = h.to(tl.float32)
+        n = project(data, x, both_biases(data, 2, SPEC), 2, SPEC)
+        n = recur(data, (r * hidden).to(h.dtype), n, 2, SPEC)
+    return r, z, tanh(n, APPROX), hidden
+
+
+@triton.jit
+def move_by_keep(a, SPEC: tl.constexpr):
+    """The derivative of move_to by the keep gate."""
+    if get(SPEC, "cell") == "paper":
+        return -a
+    elif get(SPEC, "cell") == "official":
+        return a - 1
+    else:
+        return a * 0 - 1
+
+
+@triton.jit
+def move_by_attention(z, SPEC: tl.constexpr):
+    if get(SPEC, "cell") == "agru":
+        return z * 0 + 1
+    elif get(SPEC, "cell") == "paper":
+        return 1 - z
+    else:
+        return z
+
+
+# ------------------------------------------------------------------------------------------------ factors
+
+
+@triton.constexpr_function
+def place(name, spec):
+    """Where a factor lies in a row of `[T, factors, H]`: of the gradients of the pre-activations, "r", "z" and "n", and
+    "hidden" of what the reset gate scales; of the gradient of the attention, "score"; what is "kept", and the gate
+    "reset"."""
+    return spec.factor_names.index(name) * spec.size
+
+
+@triton.jit
+def load_factor(factors, row, valid, name: tl.constexpr, SPEC: tl.constexpr):
+    """`[rows, units]` in float32."""
+    SIZE: tl.constexpr = get(SPEC, "size")
+    pointer = factors + place(name, SPEC)
+    return load_rows(pointer, row, get(SPEC, "factors"), valid, SIZE, get(SPEC, "units")).to(tl.float32)
+
+
+@triton.jit
+def store_factor(factors, tile, row, valid, name: tl.constexpr, SPEC: tl.constexpr):
+    SIZE: tl.constexpr = get(SPEC, "size")
+    store_rows(factors + place(name, SPEC), tile, row, get(SPEC, "factors"), valid, SIZE)
+
+
+@triton.jit
+def error(factors, dh, row, valid, name: tl.constexpr, SPEC: tl.constexpr):
+    """The gradient of a pre-activation: `[rows, units]` in the dtype of products."""
+    e = load_factor(factors, row, valid, name, SPEC)
+    if (name != "r") or get(SPEC, "reset_after"):
+        e = e * dh
+    return e.to(factors.dtype.element_ty)
+
+
+# ------------------------------------------------------------------------------------------------ kernels
+
+
+@triton.jit
+def coefficients_kernel(data, states, starts, factors, SPEC: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64) * get(SPEC, "block") + tl.arange(0, get(SPEC, "block"))
+    valid = row < tl.load(data.offsets + data.batch)
+    a = load_attention(data, row, valid, SPEC)
+    x = load_inputs(data, row, a, valid, SPEC)
+    h = load_before(data, states, starts, row, valid, SPEC)
+    r, z, n, hidden = gates(data, x, h, SPEC)
+    a = a[:, None]
+    move = move_to(z, a, SPEC)
+    through = move * (1 - n * n)
+    slope = r * (1 - r) * hidden
+    distance = n - h.to(tl.float32)
+    store_factor(factors, through, row, valid, "n", SPEC)
+    if get(SPEC, "reset_after"):
+        store_factor(factors, slope * through, row, valid, "r", SPEC)
+        store_factor(factors, through * r, row, valid, "hidden", SPEC)
+    else:
+        store_factor(factors, slope, row, valid, "r", SPEC)
+        store_factor(factors, r, row, valid, "reset", SPEC)
+    if get(SPEC, "keeps"):
+        store_factor(factors, distance * z * (1 - z) * move_by_keep(a, SPEC), row, valid, "z", SPEC)
+    if get(SPEC, "weighs"):
+        store_factor(factors, distance * move_by_attention(z, SPEC), row, valid, "score", SPEC)
+    store_factor(factors, tl.zeros_like(n) + (1 - move), row, valid, "kept", SPEC)
+
+
+@triton.jit
+def back_through(data, e, acc, gate: tl.constexpr, SPEC: tl.constexpr):
+    """Adds a gate's part of the gradient of the inputs, `[rows, columns]`."""
+    return dot(e, input_weight(data, gate, SPEC), acc, get(SPEC, "precision"))
+
+
+@triton.jit
+def gradients_kernel(data, factors, grads, grad_inputs, grad_scores, SPEC: tl.constexpr):
+    """The gradients of the inputs and the scores, zero for slack."""
+    SIZE: tl.constexpr = get(SPEC, "size")
+    WIDTH: tl.constexpr = get(SPEC, "width")
+    COLUMNS: tl.constexpr = get(SPEC, "columns")
+    row = tl.program_id(0).to(tl.int64) * get(SPEC, "block") + tl.arange(0, get(SPEC, "block"))
+    inside = row < data.rows
+    valid = row < tl.load(data.offsets + data.batch)
+    dh = load_rows(grads, row, SIZE, valid, SIZE, get(SPEC, "units")).to(tl.float32)
+    grad = tl.zeros([get(SPEC, "block"), COLUMNS], tl.float32)
+    grad = back_through(data, error(factors, dh, row, valid, "r", SPEC), grad, 0, SPEC)
+    if get(SPEC, "keeps"):
+        grad = back_through(data, error(factors, dh, row, valid, "z", SPEC), grad, 1, SPEC)
+    grad = back_through(data, error(factors, dh, row, valid, "n", SPEC), grad, 2, SPEC)
+    if get(SPEC, "scaled"):
+        x = load_rows(data.inputs, row, get(SPEC, "stride"), valid, WIDTH, COLUMNS).to(tl.float32)
+        tl.store(grad_scores + row, tl.sum(grad * x, 1).to(grad_scores.dtype.element_ty), mask=inside)
+        grad = grad * load_attention(data, row, valid, SPEC)[:, None]
+    if get(SPEC, "weighs"):
+        score = tl.sum(dh * load_factor(factors, row, valid, "score", SPEC), 1)
+        tl.store(grad_scores + row, score.to(grad_scores.dtype.element_ty), mask=inside)
+    store_rows(grad_inputs, grad, row, WIDTH, inside, WIDTH)
+
+
+@triton.jit
+def load_operand(data, states, starts, factors, row, valid, gate, of_state: tl.constexpr, SPEC: tl.constexpr):
+    """What a gate's product reads: `[rows, units]`, or of the inputs `[rows, columns]`."""
+    if of_state:
+        h = load_before(data, states, starts, row, valid, SPEC)
+        if get(SPEC, "reset_after"):
+            return h
+        else:
+            r = load_factor(factors, row, valid & (gate == 2), "reset", SPEC)
+            return tl.where(gate == 2, r * h.to(tl.float32), h.to(tl.float32)).to(h.dtype)
+    else:
+        return load_inputs(data, row, load_attention(data, row, valid, SPEC), valid, SPEC)
+
+
+@triton.jit
+def error_place(gate, of_state: tl.constexpr, SPEC: tl.constexpr):
+    """Where the factor of a gate lies. Behind the reset gate, the candidate's product with the state has its own."""
+    candidate: tl.constexpr = "hidden" if of_state and get(SPEC, "reset_after") else "n"
+    offset = tl.where(gate == 0, place("r", SPEC), place(candidate, SPEC))
+    if get(SPEC, "keeps"):
+        offset = tl.where(gate == 1, place("z", SPEC), offset)
+    return offset
+
+
+@triton.jit
+def sum_products(
+    data,
+    states,
+    starts,
+    factors,
+    grads,
+    weights,
+    biases,
+    begin,
+    end,
+    gate,
+    of_state: tl.constexpr,
+    SPEC: tl.constexpr,
+):
+    """The rows from begin to end of a gate's weight gradient and bias gradient."""
+    SIZE: tl.constexpr = get(SPEC, "size")
+    UNITS: tl.constexpr = get(SPEC, "units")
+    BLOCK: tl.constexpr = get(SPEC, "block")
+    WIDTH: tl.constexpr = SIZE if of_state else get(SPEC, "width")
+    COLUMNS: tl.constexpr = UNITS if of_state else get(SPEC, "columns")
+    factor = factors + error_place(gate, of_state, SPEC)
+    acc = tl.zeros([UNITS, COLUMNS], tl.float32)
+    total = tl.zeros([BLOCK, UNITS], tl.float32)  # summed over rows at last
+    for start in range(begin, end, BLOCK):
+        row = start + tl.arange(0, BLOCK)
+        valid = row < end
+        e = load_rows(factor, row, get(SPEC, "factors"), valid, SIZE, UNITS).to(tl.float32)
+        linear = load_rows(grads, row, SIZE, valid, SIZE, UNITS).to(tl.float32) * e
+        if get(SPEC, "reset_after"):
+            e = linear
+        else:
+            e = tl.where(gate == 0, e, linear)
+        operand = load_operand(data, states, starts, factors, row, valid, gate, of_state, SPEC)
+        acc = dot(tl.trans(e.to(operand.dtype)), operand, acc, get(SPEC, "precision"))
+        total += e
+    unit = tl.arange(0, UNITS)
+    store_rows(weights + gate * SIZE * WIDTH, acc, unit, WIDTH, unit < SIZE, WIDTH)
+    tl.store(biases + gate * SIZE + unit, tl.sum(total, 0), mask=unit < SIZE)
+
+
+@triton.jit
+def weights_kernel(data, states, starts, factors, grads, weights, biases, share, SPEC: tl.constexpr):
+    """One program per part of the rows, and gate of `weight_ih` or of `weight_hh`."""
+    SIZE: tl.constexpr = get(SPEC, "size")
+    WIDTH: tl.constexpr = get(SPEC, "width")
+    part = tl.program_id(0).to(tl.int64)
+    begin = part * share
+    end = tl.minimum(begin + share, tl.load(data.offsets + data.batch).to(tl.int64))
+    weights += part * 3 * SIZE * (WIDTH + SIZE)
+    biases += part * 6 * SIZE
+    gate = tl.program_id(1)
+    if gate % 3 != 1 or get(SPEC, "keeps"):
+        if gate < 3:
+            sum_products(data, states, starts, factors, grads, weights, biases, begin, end, gate, False, SPEC)
+        else:
+            weights += 3 * SIZE * WIDTH
+            biases += 3 * SIZE
+            sum_products(
+                data, states, starts, factors, grads, weights, biases, begin, end, gate - 3, True, SPEC
+            )
