@@ -1,0 +1,116 @@
+"""self_attention: schema, fake, autograd, and its implementations bound to the dispatcher."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from recattn.composite import self_attention as composite
+from recattn.ops.library import LIBRARY, choose, without_autocast
+
+__all__ = ["backward_op", "forward_op"]
+
+_ARGUMENTS = (
+    "Tensor q, Tensor k, Tensor v, Tensor offsets, Tensor? table, Tensor? positions, Tensor? seed, int heads,"
+    " float scale, bool causal, bool hide_self, float dropout, str backend"
+)
+LIBRARY.define(f"self_attention({_ARGUMENTS}) -> (Tensor out, Tensor lse)")
+LIBRARY.define(f"self_attention_backward(Tensor grad_out, Tensor out, Tensor lse, {_ARGUMENTS}) -> Tensor[]")
+forward_op = torch.ops.recattn.self_attention.default
+backward_op = torch.ops.recattn.self_attention_backward.default
+
+
+def _uncovered(call: composite.Attention) -> str | None:
+    from recattn.kernels.self_attention import uncovered
+
+    return uncovered(call)
+
+
+def _forward(*arguments: Any, on_gpu: bool) -> tuple[Tensor, Tensor]:
+    *options, backend = arguments
+    call = composite.Attention(*options)
+
+    def triton() -> tuple[Tensor, Tensor]:
+        from recattn.kernels.self_attention import forward
+
+        return forward(call)
+
+    return choose(backend, on_gpu, partial(_uncovered, call), triton, partial(composite.forward, call))
+
+
+def _backward(grad_out: Tensor, out: Tensor, lse: Tensor, *arguments: Any, on_gpu: bool) -> list[Tensor]:
+    *options, backend = arguments
+    call = composite.Attention(*options)
+
+    def triton() -> tuple[Tensor, ...]:
+        from recattn.kernels.self_attention_backward import backward
+
+        return backward(call, grad_out, out, lse)
+
+    *gradients, table = choose(
+        backend,
+        on_gpu,
+        partial(_uncovered, call),
+        triton,
+        partial(composite.backward, call, grad_out, out, lse),
+    )
+    return [*gradients, *([] if call.table is None else [table.to(call.table.dtype)])]
+
+
+def _implementation(run: Callable[..., Any], device_type: str) -> Callable[..., Any]:
+    def implementation(*arguments: Any) -> Any:
+        with without_autocast(device_type):
+            return run(*arguments, on_gpu=device_type == "cuda")
+
+    return implementation
+
+
+for _key in ("CPU", "CUDA"):
+    LIBRARY.impl("self_attention", _implementation(_forward, _key.lower()), _key)
+    LIBRARY.impl("self_attention_backward", _implementation(_backward, _key.lower()), _key)
+
+
+@torch.library.register_fake("recattn::self_attention", lib=LIBRARY)
+def _fake(*arguments: Any) -> tuple[Tensor, Tensor]:
+    q, _, v, _, _, _, _, heads = arguments[:8]
+    lse = q.new_empty(heads, q.shape[0], dtype=torch.promote_types(q.dtype, torch.float32))
+    return v.new_empty(v.shape), lse
+
+
+@torch.library.register_fake("recattn::self_attention_backward", lib=LIBRARY)
+def _fake_backward(*arguments: Any) -> list[Tensor]:
+    q, k, v, _, table = arguments[3:8]
+    return [x.new_empty(x.shape) for x in (q, k, v, *([] if table is None else [table]))]
+
+
+class _Autograd(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
+        with torch._C._AutoDispatchBelowAutograd():
+            out, lse = forward_op(*arguments)
+        ctx.save_for_backward(out, lse, *arguments[:7])
+        ctx.options = arguments[7:]
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(lse)
+        return out, lse
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor | None, _: Any) -> tuple[Any, ...]:
+        if grad_out is None:
+            return (None,) * 13
+        grad_q, grad_k, grad_v, *table = backward_op(grad_out, *ctx.saved_tensors, *ctx.options)
+        return grad_q, grad_k, grad_v, None, *(table or [None]), *(None,) * 8
+
+
+def _no_second_derivative(*_: Any) -> Any:
+    raise NotImplementedError(
+        "self_attention: a second derivative was asked for, and only the first is built"
+    )
+
+
+LIBRARY.impl("self_attention", _Autograd.apply, "Autograd")
+torch.library.register_autograd("recattn::self_attention_backward", _no_second_derivative, lib=LIBRARY)
