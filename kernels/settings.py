@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -106,3 +106,33 @@ def programs(launch: Launch, rows: int, device: torch.device) -> int:
     if device.type == "cuda":
         multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
     return max(1, min(-(-rows // launch.least_rows), multiprocessors * launch.programs_per_sm))
+
+
+# ------------------------------------------------------------------------------------------------ self_attention
+
+
+class AttentionLaunch(NamedTuple):
+    block: int  # rows of a program
+    step: int  # columns of a tile without a mask
+    edge: int  # and of one with it
+    slab: int  # widest slab of queries, keys and values
+    num_warps: int
+    num_stages: int
+
+
+SELF_ATTENTION = {
+    ("forward", "half"): AttentionLaunch(32, 32, 16, 64, 1, 2),
+    ("forward", "tf32"): AttentionLaunch(32, 32, 16, 32, 2, 2),
+    ("forward", "ieee"): AttentionLaunch(32, 32, 16, 32, 2, 1),
+    ("queries", "half"): AttentionLaunch(32, 32, 16, 64, 1, 2),
+    ("queries", "tf32"): AttentionLaunch(32, 32, 16, 32, 2, 2),
+    ("queries", "ieee"): AttentionLaunch(32, 32, 16, 32, 2, 1),
+    ("keys", "half"): AttentionLaunch(32, 32, 16, 64, 1, 2),
+    ("keys", "tf32"): AttentionLaunch(32, 32, 16, 32, 2, 2),
+    ("keys", "ieee"): AttentionLaunch(32, 32, 16, 32, 2, 1),
+}
+
+
+def self_attention(kernel: str, call: Any) -> AttentionLaunch:
+    """Settings of `"forward"`, of `"queries"` or of `"keys"`, whose gradients a kernel computes."""
+    return SELF_ATTENTION[kernel, precision(call.q.dtype)]
