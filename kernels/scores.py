@@ -40,11 +40,12 @@ class Spec:
     heads: int
     dim: int
     value_dim: int
-    strides: tuple[int, int, int]  # of rows of q, k and v
+    strides: tuple[int, ...]  # of rows of q, k, v and the gradient of the output
     scale: float
     causal: bool
     hide_self: bool
     biased: bool
+    exact: bool  # whether backward gets the output as it was before it was rounded
     indexed: bool  # whether the bias is looked up by an index
     dropout: float
     precision: str  # of products, as tl.dot takes it

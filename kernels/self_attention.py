@@ -24,7 +24,9 @@ def _attend(peak, mass, acc, q, data, rows, column, end, head, MASKED: tl.conste
     D: tl.constexpr = get(SPEC, "dim")
     DV: tl.constexpr = get(SPEC, "value_dim")
     k = load_columns(data.k + head * D, column, end, SIZE, row_stride(1, SPEC), D, get(SPEC, "slab"), MASKED)
-    v = load_columns(data.v + head * DV, column, end, SIZE, row_stride(2, SPEC), DV, get(SPEC, "slab"), MASKED)
+    v = load_columns(
+        data.v + head * DV, column, end, SIZE, row_stride(2, SPEC), DV, get(SPEC, "slab"), MASKED
+    )
     place = column + tl.arange(0, SIZE)
     s = products(q, k, get(SPEC, "precision"))  # [BLOCK, SIZE]
     s = finish_scores(s, data, rows, place, head, False, MASKED, SPEC)
@@ -40,7 +42,7 @@ def _attend(peak, mass, acc, q, data, rows, column, end, head, MASKED: tl.conste
 
 
 @triton.jit
-def _forward_kernel(data, out, lse, SPEC: tl.constexpr):
+def _forward_kernel(data, out, lse, exact_out, SPEC: tl.constexpr):
     BLOCK: tl.constexpr = get(SPEC, "block")
     STEP: tl.constexpr = get(SPEC, "step")
     EDGE: tl.constexpr = get(SPEC, "edge")
@@ -52,7 +54,9 @@ def _forward_kernel(data, out, lse, SPEC: tl.constexpr):
     rows = rows_of(data, tl.program_id(0), head, False, SPEC)
     tiles = tiles_of(rows.place, rows.low, rows.high, BLOCK, STEP, EDGE, SPLIT)
     q = load_rows(data.q + head * D, rows.place.to(tl.int64), row_stride(0, SPEC), rows.valid, D, SLAB)
-    peak = tl.full([BLOCK], -1e30, tl.float32)  # finite, so that of a row that meets none all exponentials are 0
+    peak = tl.full(
+        [BLOCK], -1e30, tl.float32
+    )  # finite, so that of a row that meets none all exponentials are 0
     mass = tl.zeros([BLOCK], tl.float32)
     acc = zero_rows(BLOCK, DV, SLAB)
     for i in tl.range(0, tiles.inner, num_stages=get(SPEC, "stages")):
@@ -63,12 +67,15 @@ def _forward_kernel(data, out, lse, SPEC: tl.constexpr):
         peak, mass, acc = _attend(peak, mass, acc, q, data, rows, column, tiles.end, head, True, SPEC)
     some = mass > 0
     mass = tl.where(some, mass, 1.0)
+    norm = 1 / mass
     pooled = ()
     for i in tl.static_range(len(acc)):
-        pooled = pooled + (acc[i] / mass[:, None],)
+        pooled = pooled + (acc[i] * norm[:, None],)
     inside = rows.place < data.rows
     WIDTH: tl.constexpr = get(SPEC, "heads") * DV
     store_rows(out + head * DV, pooled, rows.place.to(tl.int64), WIDTH, inside, DV, SLAB)
+    if get(SPEC, "exact"):
+        store_rows(exact_out + head * DV, pooled, rows.place.to(tl.int64), WIDTH, inside, DV, SLAB)
     state = tl.where(some, (peak + tl.log2(mass)) * LN_2, 0.0)
     tl.store(lse + head * data.rows.to(tl.int64) + rows.place, state, mask=inside)
 
@@ -85,21 +92,23 @@ def uncovered(call: Any) -> str | None:
     return None
 
 
-def forward(call: Any) -> tuple[Tensor, Tensor]:
-    """`out [T, H·dv]` and the log-sum-exp of the scores, `[H, T]` float32.
+def forward(call: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """`out [T, H·dv]`, the log-sum-exp of the scores, `[H, T]` float32, and `out` before it was rounded, if backward
+    needs that, else nothing.
 
     `call` is a `recattn.composite.self_attention.Attention`.
     """
     rows = call.q.shape[0]
     out = call.v.new_empty(rows, call.heads * call.value_dim)
     lse = call.q.new_empty(call.heads, rows, dtype=torch.float32)
+    exact_out = lse.new_empty(0 if call.exact_dtype == out.dtype else out.shape)
     if rows:
         launch = settings.self_attention("forward", call)
         data = arguments(call)
         _forward_kernel[(triton.cdiv(rows, launch.block), call.heads)](
-            data, out, lse, SPEC=specialize(call, data, launch), num_warps=launch.num_warps
+            data, out, lse, exact_out, SPEC=specialize(call, data, launch), num_warps=launch.num_warps
         )
-    return out, lse
+    return out, lse, exact_out
 
 
 def arguments(call: Any) -> Data:
@@ -130,17 +139,20 @@ def bias_table(call: Any) -> Tensor | None:
     return None if call.table is None else (call.table.t().float() / math.log(2)).contiguous()
 
 
-def specialize(call: Any, data: Data, launch: settings.AttentionLaunch) -> Spec:
+def specialize(
+    call: Any, data: Data, launch: settings.AttentionLaunch, grad_out: Tensor | None = None
+) -> Spec:
     precision = settings.precision(call.q.dtype)
     return Spec(
         heads=call.heads,
         dim=call.dim,
         value_dim=call.value_dim,
-        strides=(data.q.stride(0), data.k.stride(0), data.v.stride(0)),
+        strides=tuple(x.stride(0) for x in (data.q, data.k, data.v, grad_out) if x is not None),
         scale=call.scale,
         causal=call.causal,
         hide_self=call.hide_self,
         biased=call.table is not None,
+        exact=call.exact_dtype != call.v.dtype,
         indexed=call.positions is not None,
         dropout=call.dropout,
         precision="ieee" if precision == "ieee" else "tf32",

@@ -130,9 +130,12 @@ SELF_ATTENTION = {
     ("keys", "half"): AttentionLaunch(32, 32, 16, 64, 1, 2),
     ("keys", "tf32"): AttentionLaunch(32, 32, 16, 32, 2, 2),
     ("keys", "ieee"): AttentionLaunch(32, 32, 16, 32, 2, 1),
+    ("table", "half"): AttentionLaunch(32, 32, 32, 64, 1, 1),
+    ("table", "tf32"): AttentionLaunch(32, 32, 32, 32, 2, 1),
+    ("table", "ieee"): AttentionLaunch(32, 32, 32, 32, 2, 1),
 }
 
 
 def self_attention(kernel: str, call: Any) -> AttentionLaunch:
-    """Settings of `"forward"`, of `"queries"` or of `"keys"`, whose gradients a kernel computes."""
+    """Settings of `"forward"`, or of the kernel for the gradients of `"queries"`, `"keys"` or `"table"`."""
     return SELF_ATTENTION[kernel, precision(call.q.dtype)]

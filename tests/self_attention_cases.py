@@ -114,8 +114,8 @@ def eager(case: Case, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def assert_within_budget(case: Case, got: dict[str, Tensor], tensors: dict[str, Tensor]) -> None:
-    """Each result's error against float64 is at most twice that of eager code in the same precision, and one rounding to
-    the dtype more.
+    """Each result's error against float64 is at most twice that of eager code in the same precision, and one rounding
+    to the dtype more.
 
     On top comes what a sum of terms as large as dL/da = g·v costs in float32: eager code is exact where they cancel, as
     in a sequence of one item.

@@ -15,7 +15,10 @@ import triton
 TARGETS = ["sm_80", "sm_90", "sm_120", "gfx942"]
 if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9):  # earlier ones crash on some reductions
     TARGETS.append("sm_100")
-KERNELS = {"activation_unit": {"_forward_kernel", "tokens_kernel", "weights_kernel", "_merge_kernel"}}
+KERNELS = {
+    "activation_unit": {"_forward_kernel", "tokens_kernel", "weights_kernel", "_merge_kernel"},
+    "self_attention": {"_spans_kernel", "_forward_kernel", "_queries_kernel", "_keys_kernel", "_table_kernel"},
+}
 PRODUCTS = ["bf16", "fp16", "tf32", "fp32"]
 
 

@@ -70,12 +70,13 @@ def test_kernels_equal_the_formula_at_every_width(
 
 @pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 @pytest.mark.parametrize("bias", BIASES.values(), ids=BIASES)
-@pytest.mark.parametrize("dropout", [0.0, 0.4])
-def test_kernels_equal_the_formula_with_bias_and_dropout(
-    bias: dict[str, int], kind: dict[str, bool], dropout: float
-) -> None:
-    check(variant(dropout=dropout, lengths=[3, 0, 70, 9], **bias, **kind))
-    check(variant(dropout=dropout, lengths=[3, 0, 70, 9], dtype=torch.bfloat16, **bias, **kind))
+def test_kernels_equal_the_formula_with_bias_and_dropout(bias: dict[str, int], kind: dict[str, bool]) -> None:
+    check(variant(dropout=0.4, lengths=[3, 0, 40, 9], **bias, **kind))
+
+
+@pytest.mark.parametrize("bias", BIASES.values(), ids=BIASES)
+def test_kernels_equal_the_formula_with_bias(bias: dict[str, int], precision: torch.dtype) -> None:
+    check(variant(lengths=[3, 0, 40, 9], dtype=precision, **bias))
 
 
 @pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)

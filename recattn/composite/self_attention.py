@@ -41,6 +41,11 @@ class Attention(NamedTuple):
         return torch.promote_types(self.q.dtype, torch.float32)
 
     @property
+    def exact_dtype(self) -> torch.dtype:
+        """What backward needs the output in."""
+        return self.v.dtype if self.table is None else self.dtype
+
+    @property
     def dim(self) -> int:
         return self.q.shape[1] // self.heads
 
@@ -158,9 +163,10 @@ def _blocks(call: Attention) -> Iterator[tuple[Group, list[tuple[int, int]]]]:
             yield piece, [(at, min(at + rows, group.length)) for at in range(0, group.length, rows)]
 
 
-def forward(call: Attention) -> tuple[Tensor, Tensor]:
-    """`out [T, H·dv]` in the dtype of v, and the log-sum-exp `[H, T]` of the scores in `call.dtype`."""
-    out = call.v.new_zeros(call.v.shape)
+def forward(call: Attention) -> tuple[Tensor, Tensor, Tensor]:
+    """`out [T, H·dv]` in the dtype of v, the log-sum-exp `[H, T]` of the scores in `call.dtype`, and `out` before it was
+    rounded, if it was and there is a table, whose gradients may cancel."""
+    out = call.v.new_zeros(call.v.shape, dtype=call.exact_dtype)
     lse = call.q.new_zeros(call.q.shape[0], call.heads, dtype=call.dtype)
     table = None if call.table is None else call.table.to(call.dtype)
     for group, ranges in _blocks(call):
@@ -178,7 +184,9 @@ def forward(call: Attention) -> tuple[Tensor, Tensor]:
             pooled[:, begin:end] = rows.div_(torch.where(some, total, 1))
         group.put(pooled, out)
         group.put(mass, lse)
-    return out, lse.t().contiguous()
+    lse = lse.t().contiguous()
+    rounded = out.to(call.v.dtype)
+    return rounded, lse, lse.new_empty(0) if out.dtype == rounded.dtype else out
 
 
 def backward(call: Attention, grad_out: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, ...]:

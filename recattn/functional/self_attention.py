@@ -51,8 +51,8 @@ def self_attention(
         dropout: the probability that `a_ij` is dropped; those kept are divided by `1 - dropout`. What is dropped
             follows from a seed drawn from PyTorch's generator, and is the same for every backend.
 
-    All floating tensors are of one dtype (float16, bfloat16, float32; float64 without a fused kernel) and on one device;
-    under autocast they are cast to its dtype. float32 products follow `torch.get_float32_matmul_precision()`. They
+    All floating tensors are of one dtype (float16, bfloat16, float32; float64 without a fused kernel) and on one
+    device; under autocast they are cast to its dtype. float32 products follow `torch.get_float32_matmul_precision()`. They
     are differentiable, once. Nothing waits for the device where a kernel covers the call.
 
     Returns:
@@ -72,7 +72,7 @@ def self_attention(
     positions = _check_bias(k, bias_table, bias_index, num_heads)
     if checks.VALIDATE:
         Jagged(k, offsets).validate()
-    out, _ = _op.forward_op(
+    out, *_ = _op.forward_op(
         q,
         k,
         v,

@@ -18,8 +18,10 @@ _ARGUMENTS = (
     "Tensor q, Tensor k, Tensor v, Tensor offsets, Tensor? table, Tensor? positions, Tensor? seed, int heads,"
     " float scale, bool causal, bool hide_self, float dropout, str backend"
 )
-LIBRARY.define(f"self_attention({_ARGUMENTS}) -> (Tensor out, Tensor lse)")
-LIBRARY.define(f"self_attention_backward(Tensor grad_out, Tensor out, Tensor lse, {_ARGUMENTS}) -> Tensor[]")
+LIBRARY.define(f"self_attention({_ARGUMENTS}) -> (Tensor out, Tensor lse, Tensor exact_out)")
+LIBRARY.define(
+    f"self_attention_backward(Tensor grad_out, Tensor out, Tensor lse, Tensor exact_out, {_ARGUMENTS}) -> Tensor[]"
+)
 forward_op = torch.ops.recattn.self_attention.default
 backward_op = torch.ops.recattn.self_attention_backward.default
 
@@ -30,11 +32,11 @@ def _uncovered(call: composite.Attention) -> str | None:
     return uncovered(call)
 
 
-def _forward(*arguments: Any, on_gpu: bool) -> tuple[Tensor, Tensor]:
+def _forward(*arguments: Any, on_gpu: bool) -> tuple[Tensor, Tensor, Tensor]:
     *options, backend = arguments
     call = composite.Attention(*options)
 
-    def triton() -> tuple[Tensor, Tensor]:
+    def triton() -> tuple[Tensor, Tensor, Tensor]:
         from recattn.kernels.self_attention import forward
 
         return forward(call)
@@ -42,9 +44,13 @@ def _forward(*arguments: Any, on_gpu: bool) -> tuple[Tensor, Tensor]:
     return choose(backend, on_gpu, partial(_uncovered, call), triton, partial(composite.forward, call))
 
 
-def _backward(grad_out: Tensor, out: Tensor, lse: Tensor, *arguments: Any, on_gpu: bool) -> list[Tensor]:
+def _backward(
+    grad_out: Tensor, out: Tensor, lse: Tensor, exact_out: Tensor, *arguments: Any, on_gpu: bool
+) -> list[Tensor]:
     *options, backend = arguments
     call = composite.Attention(*options)
+    if exact_out.numel():
+        out = exact_out
 
     def triton() -> tuple[Tensor, ...]:
         from recattn.kernels.self_attention_backward import backward
@@ -75,31 +81,32 @@ for _key in ("CPU", "CUDA"):
 
 
 @torch.library.register_fake("recattn::self_attention", lib=LIBRARY)
-def _fake(*arguments: Any) -> tuple[Tensor, Tensor]:
-    q, _, v, _, _, _, _, heads = arguments[:8]
+def _fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    q, _, v, _, table, _, _, heads = arguments[:8]
     lse = q.new_empty(heads, q.shape[0], dtype=torch.promote_types(q.dtype, torch.float32))
-    return v.new_empty(v.shape), lse
+    rounded = table is not None and lse.dtype != v.dtype
+    return v.new_empty(v.shape), lse, lse.new_empty(v.shape if rounded else 0)
 
 
 @torch.library.register_fake("recattn::self_attention_backward", lib=LIBRARY)
 def _fake_backward(*arguments: Any) -> list[Tensor]:
-    q, k, v, _, table = arguments[3:8]
+    q, k, v, _, table = arguments[4:9]
     return [x.new_empty(x.shape) for x in (q, k, v, *([] if table is None else [table]))]
 
 
 class _Autograd(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
         with torch._C._AutoDispatchBelowAutograd():
-            out, lse = forward_op(*arguments)
-        ctx.save_for_backward(out, lse, *arguments[:7])
+            out, lse, exact_out = forward_op(*arguments)
+        ctx.save_for_backward(out, lse, exact_out, *arguments[:7])
         ctx.options = arguments[7:]
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(lse)
-        return out, lse
+        ctx.mark_non_differentiable(lse, exact_out)
+        return out, lse, exact_out
 
     @staticmethod
-    def backward(ctx: Any, grad_out: Tensor | None, _: Any) -> tuple[Any, ...]:
+    def backward(ctx: Any, grad_out: Tensor | None, *_: Any) -> tuple[Any, ...]:
         if grad_out is None:
             return (None,) * 13
         grad_q, grad_k, grad_v, *table = backward_op(grad_out, *ctx.saved_tensors, *ctx.options)
