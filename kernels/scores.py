@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .arguments import get
 from .dropout import kept, row_keys
-from .primitives import LOG2_E, columns, dot, slab_count, slab_inside
+from .primitives import LOG2_E, columns, dot, load_rows, slab_count, slab_inside, store_rows
 from .spans import columns_met, spans_of
 
 
@@ -67,6 +67,11 @@ class Spec:
         return self.scale * LOG2_E.value
 
     @property
+    def late_factor(self) -> float:
+        """Of scores where it is positive and nothing is added to them: a factor of the exponent costs nothing."""
+        return 1.0 if self.biased or self.scale <= 0 else self.factor
+
+    @property
     def keep(self) -> float:
         return 1 / (1 - self.dropout)
 
@@ -74,10 +79,11 @@ class Spec:
 class Rows(NamedTuple):
     """The rows of a program."""
 
+    start: tl.tensor  # the first, in 64 bits
     place: tl.tensor  # [BLOCK]
+    inside: tl.tensor  # those that there are
     valid: tl.tensor  # those that are of a sequence
-    begin: tl.tensor  # of each the first row of its sequence
-    low: tl.tensor  # the first column that it meets
+    low: tl.tensor  # of each the first column that it meets
     high: tl.tensor  # and the first behind those
     index: tl.tensor  # what the bias is looked up by
     keys: tuple  # of dropout, where the rows are queries
@@ -90,14 +96,17 @@ def row_stride(which, spec):
 
 @triton.jit
 def rows_of(data, program, head, TRANSPOSED: tl.constexpr, SPEC: tl.constexpr):
-    place = program * get(SPEC, "block") + tl.arange(0, get(SPEC, "block"))
+    start = program * get(SPEC, "block")
+    place = start + tl.arange(0, get(SPEC, "block"))
+    inside = place < data.rows
     begin, end = spans_of(data.first, data.past, place, data.rows)
     low, high = columns_met(place, begin, end, get(SPEC, "causal"), get(SPEC, "hide_self"), TRANSPOSED)
-    valid = (place < data.rows) & (begin < end)
+    valid = inside & (begin < end)
     keys = ()
     if get(SPEC, "dropout") > 0 and not TRANSPOSED:
         keys = dropout_keys(data, place, begin, head, SPEC)
-    return Rows(place, valid, begin, low, high, bias_index(data, place, valid, SPEC), keys)
+    index = bias_index(data, place, valid, SPEC)
+    return Rows(start.to(tl.int64), place, inside, valid, low, high, index, keys)
 
 
 @triton.jit
@@ -112,6 +121,20 @@ def bias_index(data, place, valid, SPEC: tl.constexpr):
         return tl.load(data.index + place, mask=valid, other=0)
     else:
         return place
+
+
+@triton.jit
+def load_own(pointer, rows, STRIDE: tl.constexpr, WIDTH: tl.constexpr, SLAB: tl.constexpr):
+    """The program's rows of a `[*, WIDTH]` matrix as slabs; zero where a row is not of a sequence."""
+    row = tl.arange(0, rows.place.shape[0])
+    return load_rows(pointer + rows.start * STRIDE, row, STRIDE, rows.valid, WIDTH, SLAB)
+
+
+@triton.jit
+def store_own(pointer, slabs, rows, STRIDE: tl.constexpr, WIDTH: tl.constexpr, SLAB: tl.constexpr):
+    """The inverse of load_own, for slack too."""
+    row = tl.arange(0, rows.place.shape[0])
+    store_rows(pointer + rows.start * STRIDE, slabs, row, STRIDE, rows.inside, WIDTH, SLAB)
 
 
 @triton.jit
@@ -183,8 +206,8 @@ def buckets_of(data, rows, column, TRANSPOSED: tl.constexpr, SPEC: tl.constexpr)
 def finish_scores(
     s, data, rows, column, head, TRANSPOSED: tl.constexpr, MASKED: tl.constexpr, SPEC: tl.constexpr
 ):
-    """Scores in base 2 of products `[BLOCK, SIZE]`, with their bias; minus infinity where none is wanted."""
-    s *= get(SPEC, "factor")
+    """Of products `[BLOCK, SIZE]` the scores over `late_factor`, with their bias; minus infinity outside."""
+    s *= get(SPEC, "factor") / get(SPEC, "late_factor")
     if get(SPEC, "biased"):
         s += tl.load(data.table + head * data.buckets + buckets_of(data, rows, column, TRANSPOSED, SPEC))
     if MASKED:

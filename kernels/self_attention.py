@@ -12,8 +12,20 @@ from torch import Tensor
 
 from . import settings
 from .arguments import get
-from .primitives import LN_2, exp2, load_rows, store_rows, zero_rows
-from .scores import Data, Spec, add_products, drop, finish_scores, load_columns, products, row_stride, rows_of
+from .primitives import LN_2, exp2, zero_rows
+from .scores import (
+    Data,
+    Spec,
+    add_products,
+    drop,
+    finish_scores,
+    load_columns,
+    load_own,
+    products,
+    row_stride,
+    rows_of,
+    store_own,
+)
 from .spans import edge_column, inner_column, spans, tiles_of
 
 
@@ -30,9 +42,9 @@ def _attend(peak, mass, acc, q, data, rows, column, end, head, MASKED: tl.conste
     place = column + tl.arange(0, SIZE)
     s = products(q, k, get(SPEC, "precision"))  # [BLOCK, SIZE]
     s = finish_scores(s, data, rows, place, head, False, MASKED, SPEC)
-    top = tl.maximum(peak, tl.max(s, 1))
+    top = tl.maximum(peak, tl.max(s, 1) * get(SPEC, "late_factor"))
     factor = exp2(peak - top, get(SPEC, "approx"))
-    p = exp2(s - top[:, None], get(SPEC, "approx"))
+    p = exp2(s * get(SPEC, "late_factor") - top[:, None], get(SPEC, "approx"))
     mass = mass * factor + tl.sum(p, 1)
     p = drop(p, data, rows, place, head, False, SPEC)
     scaled = ()
@@ -53,7 +65,7 @@ def _forward_kernel(data, out, lse, exact_out, SPEC: tl.constexpr):
     head = tl.program_id(1)
     rows = rows_of(data, tl.program_id(0), head, False, SPEC)
     tiles = tiles_of(rows.place, rows.low, rows.high, BLOCK, STEP, EDGE, SPLIT)
-    q = load_rows(data.q + head * D, rows.place.to(tl.int64), row_stride(0, SPEC), rows.valid, D, SLAB)
+    q = load_own(data.q + head * D, rows, row_stride(0, SPEC), D, SLAB)
     peak = tl.full(
         [BLOCK], -1e30, tl.float32
     )  # finite, so that of a row that meets none all exponentials are 0
@@ -71,13 +83,12 @@ def _forward_kernel(data, out, lse, exact_out, SPEC: tl.constexpr):
     pooled = ()
     for i in tl.static_range(len(acc)):
         pooled = pooled + (acc[i] * norm[:, None],)
-    inside = rows.place < data.rows
     WIDTH: tl.constexpr = get(SPEC, "heads") * DV
-    store_rows(out + head * DV, pooled, rows.place.to(tl.int64), WIDTH, inside, DV, SLAB)
+    store_own(out + head * DV, pooled, rows, WIDTH, DV, SLAB)
     if get(SPEC, "exact"):
-        store_rows(exact_out + head * DV, pooled, rows.place.to(tl.int64), WIDTH, inside, DV, SLAB)
+        store_own(exact_out + head * DV, pooled, rows, WIDTH, DV, SLAB)
     state = tl.where(some, (peak + tl.log2(mass)) * LN_2, 0.0)
-    tl.store(lse + head * data.rows.to(tl.int64) + rows.place, state, mask=inside)
+    tl.store(lse + head * data.rows.to(tl.int64) + rows.place, state, mask=rows.inside)
 
 
 def uncovered(call: Any) -> str | None:

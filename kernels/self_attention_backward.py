@@ -18,17 +18,19 @@ from torch import Tensor
 
 from . import settings
 from .arguments import get
-from .primitives import LOG2_E, exp2, load_rows, scale, store_rows, zero_rows
+from .primitives import LOG2_E, exp2, scale, zero_rows
 from .scores import (
     add_products,
     buckets_of,
     drop,
     finish_scores,
     load_columns,
+    load_own,
     met,
     products,
     row_stride,
     rows_of,
+    store_own,
 )
 from .self_attention import arguments, readable, specialize
 from .spans import edge_column, inner_column, tiles_of
@@ -69,7 +71,7 @@ def _score_gradients(
     )
     place = column + tl.arange(0, SIZE)
     s = finish_scores(products(q, k, PRECISION), data, rows, place, head, False, MASKED, SPEC)
-    p = exp2(s - mass[:, None], get(SPEC, "approx"))
+    p = exp2(s * get(SPEC, "late_factor") - mass[:, None], get(SPEC, "approx"))
     dp = drop(products(g, v, PRECISION), data, rows, place, head, False, SPEC)
     return k, p * (dp - delta[:, None])
 
@@ -87,15 +89,13 @@ def _queries_kernel(data, grad_out, out, lse, delta, grad_q, largest, SPEC: tl.c
     head = tl.program_id(1)
     rows = rows_of(data, tl.program_id(0), head, False, SPEC)
     tiles = tiles_of(rows.place, rows.low, rows.high, BLOCK, STEP, EDGE, SPLIT)
-    place = rows.place.to(tl.int64)
-    inside = rows.place < data.rows
-    q = load_rows(data.q + head * D, place, row_stride(0, SPEC), rows.valid, D, SLAB)
-    g = load_rows(grad_out + head * DV, place, row_stride(3, SPEC), rows.valid, DV, SLAB)
-    pooled = load_rows(out + head * DV, place, get(SPEC, "heads") * DV, rows.valid, DV, SLAB)
+    q = load_own(data.q + head * D, rows, row_stride(0, SPEC), D, SLAB)
+    g = load_own(grad_out + head * DV, rows, row_stride(3, SPEC), DV, SLAB)
+    pooled = load_own(out + head * DV, rows, get(SPEC, "heads") * DV, DV, SLAB)
     at = head * data.rows.to(tl.int64) + rows.place
     mass = tl.load(lse + at, mask=rows.valid, other=0.0) * LOG2_E
     means = _row_dots(g, pooled)
-    tl.store(delta + at, means, mask=inside)
+    tl.store(delta + at, means, mask=rows.inside)
     if get(SPEC, "biased"):
         tl.store(largest + head * tl.num_programs(0) + tl.program_id(0), tl.max(_squares(g), 0))
     acc = zero_rows(BLOCK, D, SLAB)
@@ -108,7 +108,7 @@ def _queries_kernel(data, grad_out, out, lse, delta, grad_q, largest, SPEC: tl.c
         k, ds = _score_gradients(q, g, mass, means, data, rows, column, tiles.end, head, True, SPEC)
         acc = add_products(acc, ds.to(k[0].dtype), k, PRECISION)
     acc = scale(acc, get(SPEC, "scale"))
-    store_rows(grad_q + head * D, acc, place, get(SPEC, "heads") * D, inside, D, SLAB)
+    store_own(grad_q + head * D, acc, rows, get(SPEC, "heads") * D, D, SLAB)
 
 
 @triton.jit
@@ -145,7 +145,7 @@ def _add_queries(
         mass = tl.load(lse + at) * LOG2_E
         means = tl.load(delta + at)
     s = finish_scores(products(k, q, PRECISION), data, rows, place, head, True, MASKED, SPEC)
-    p = exp2(s - mass[None, :], get(SPEC, "approx"))  # [BLOCK, SIZE]
+    p = exp2(s * get(SPEC, "late_factor") - mass[None, :], get(SPEC, "approx"))  # [BLOCK, SIZE]
     dropped = drop(p, data, rows, place, head, True, SPEC)
     acc_v = add_products(acc_v, dropped.to(g[0].dtype), g, PRECISION)
     dp = drop(products(v, g, PRECISION), data, rows, place, head, True, SPEC)
@@ -165,9 +165,8 @@ def _keys_kernel(data, grad_out, lse, delta, grad_k, grad_v, largest, SPEC: tl.c
     head = tl.program_id(1)
     rows = rows_of(data, tl.program_id(0), head, True, SPEC)
     tiles = tiles_of(rows.place, rows.low, rows.high, BLOCK, STEP, EDGE, SPLIT)
-    place = rows.place.to(tl.int64)
-    k = load_rows(data.k + head * D, place, row_stride(1, SPEC), rows.valid, D, SLAB)
-    v = load_rows(data.v + head * DV, place, row_stride(2, SPEC), rows.valid, DV, SLAB)
+    k = load_own(data.k + head * D, rows, row_stride(1, SPEC), D, SLAB)
+    v = load_own(data.v + head * DV, rows, row_stride(2, SPEC), DV, SLAB)
     if get(SPEC, "biased"):
         tl.store(largest + head * tl.num_programs(0) + tl.program_id(0), tl.max(_squares(v), 0))
     acc_k = zero_rows(BLOCK, D, SLAB)
@@ -182,25 +181,22 @@ def _keys_kernel(data, grad_out, lse, delta, grad_k, grad_v, largest, SPEC: tl.c
         acc_k, acc_v = _add_queries(
             acc_k, acc_v, k, v, data, grad_out, lse, delta, rows, column, tiles.end, head, True, SPEC
         )
-    inside = rows.place < data.rows
     acc_k = scale(acc_k, get(SPEC, "scale"))
-    store_rows(grad_k + head * D, acc_k, place, get(SPEC, "heads") * D, inside, D, SLAB)
-    store_rows(grad_v + head * DV, acc_v, place, get(SPEC, "heads") * DV, inside, DV, SLAB)
+    store_own(grad_k + head * D, acc_k, rows, get(SPEC, "heads") * D, D, SLAB)
+    store_own(grad_v + head * DV, acc_v, rows, get(SPEC, "heads") * DV, DV, SLAB)
 
 
 @triton.jit
 def _table_kernel(data, grad_out, lse, delta, unit, grad_table, SPEC: tl.constexpr):
     """Adds ds of each pair to its bucket, in multiples of `unit` as integers: their sum is the same in any order."""
-    BLOCK: tl.constexpr = get(SPEC, "block")
     EDGE: tl.constexpr = get(SPEC, "edge")
     D: tl.constexpr = get(SPEC, "dim")
     DV: tl.constexpr = get(SPEC, "value_dim")
     SLAB: tl.constexpr = get(SPEC, "slab")
     head = tl.program_id(1)
     rows = rows_of(data, tl.program_id(0), head, False, SPEC)
-    place = rows.place.to(tl.int64)
-    q = load_rows(data.q + head * D, place, row_stride(0, SPEC), rows.valid, D, SLAB)
-    g = load_rows(grad_out + head * DV, place, row_stride(3, SPEC), rows.valid, DV, SLAB)
+    q = load_own(data.q + head * D, rows, row_stride(0, SPEC), D, SLAB)
+    g = load_own(grad_out + head * DV, rows, row_stride(3, SPEC), DV, SLAB)
     at = head * data.rows.to(tl.int64) + rows.place
     mass = tl.load(lse + at, mask=rows.valid, other=0.0) * LOG2_E
     means = tl.load(delta + at, mask=rows.valid, other=0.0)
