@@ -153,7 +153,10 @@ def bias_table(call: Any) -> Tensor | None:
 def specialize(
     call: Any, data: Data, launch: settings.AttentionLaunch, grad_out: Tensor | None = None
 ) -> Spec:
-    precision = settings.precision(call.q.dtype)
+    approx = torch.version.hip is None and not triton.knobs.runtime.interpret
+    products = "tf32"
+    if settings.precision(call.q.dtype) == "ieee":  # which three products of tf32 parts are as exact as
+        products = "tf32x3" if approx else "ieee"
     return Spec(
         heads=call.heads,
         dim=call.dim,
@@ -166,8 +169,8 @@ def specialize(
         exact=call.exact_dtype != call.v.dtype,
         indexed=call.positions is not None,
         dropout=call.dropout,
-        precision="ieee" if precision == "ieee" else "tf32",
-        approx=torch.version.hip is None and not triton.knobs.runtime.interpret,
+        precision=products,
+        approx=approx,
         block=launch.block,
         step=launch.step,
         edge=launch.edge,
