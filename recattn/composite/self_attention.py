@@ -6,8 +6,8 @@ again from the log-sum-exp. The lengths are read on the host, which waits for th
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -60,24 +60,19 @@ class Group(NamedTuple):
     """n sequences of one length."""
 
     starts: Tensor  # [n], of each its first row
-    first: int  # of all their rows in the layout, where they lie end to end
     length: int
 
     @property
     def size(self) -> int:
         return self.starts.shape[0]
 
-    @property
-    def rows(self) -> slice:
-        return slice(self.first, self.first + self.size * self.length)
-
     def heads(self, x: Tensor, count: int) -> Tensor:
-        """Their rows of `x [T, H·d]` as `[n, H, L, d]`."""
-        return x[self.rows].unflatten(0, (self.size, self.length)).unflatten(2, (count, -1)).transpose(1, 2)
+        """`[n·L, H·d]` to `[n, H, L, d]`."""
+        return x.reshape(self.size, self.length, count, -1).transpose(1, 2)
 
-    def pieces(self, size: int) -> Iterator[Group]:
-        for at in range(0, self.size, size):
-            yield Group(self.starts[at : at + size], self.first + at * self.length, self.length)
+    def rows(self, x: Tensor) -> Tensor:
+        """The inverse."""
+        return x.transpose(1, 2).reshape(self.size * self.length, -1)
 
 
 class Layout:
@@ -93,38 +88,49 @@ class Layout:
         lengths, order = offsets.diff().sort(stable=True)
         starts = offsets[:-1][order]
         self.total = int(lengths.sum())
-        self.groups: list[Group] = []
         sizes, counts = lengths.unique_consecutive(return_counts=True)
-        begin = first = 0
-        for length, count in zip(sizes.tolist(), counts.tolist(), strict=True):
-            if length:
-                self.groups.append(Group(starts[begin : begin + count], first, length))
-            begin, first = begin + count, first + count * length
+        chosen = starts.split(counts.tolist())
+        self.groups = [Group(rows, n) for rows, n in zip(chosen, sizes.tolist(), strict=True) if n]
         self._rows: Tensor | None = None
         if bool((starts.diff() < 0).any()):  # else they lie so already
-            ends = lengths.cumsum(0)
-            shift = torch.repeat_interleave(starts - ends + lengths, lengths, output_size=self.total)
+            shift = torch.repeat_interleave(
+                starts - lengths.cumsum(0) + lengths, lengths, output_size=self.total
+            )
             self._rows = shift + torch.arange(self.total, device=offsets.device)
 
     def gather(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         x = x[: self.total] if self._rows is None else x.index_select(0, self._rows)
         return x.to(dtype)
 
-    def scatter(self, x: Tensor, out: Tensor) -> Tensor:
-        """The inverse of `gather`, into rows of `out`, which are zero."""
+    def scatter(self, x: Tensor, like: Tensor, dtype: torch.dtype) -> Tensor:
+        """The inverse of `gather`, to as many rows as `like` has, zero for slack."""
+        x = x.to(dtype)
+        if self._rows is None and self.total == like.shape[0]:
+            return x
+        out = x.new_zeros(like.shape[0], x.shape[1])
         if self._rows is None:
             out[: self.total] = x
             return out
-        return out.index_copy_(0, self._rows, x.to(out.dtype))
+        return out.index_copy_(0, self._rows, x)
+
+    def parts(
+        self, *tensors: Tensor, pieces: Callable[[Group], int] | None = None
+    ) -> Iterator[tuple[Any, ...]]:
+        """Each group, or pieces of at most so many sequences, with its rows of tensors in this layout."""
+        groups = self.groups
+        if pieces is not None:
+            groups = [Group(some, g.length) for g in groups for some in g.starts.split(pieces(g))]
+        sizes = [group.size * group.length for group in groups]
+        return zip(groups, *(x.split(sizes) for x in tensors), strict=True)
 
 
 class Scores:
-    """Attention among the sequences of a group, the queries from `begin` to before `end` of each: `[n·H, rows, L]`."""
+    """Attention among the sequences of a group, by a range of each one's queries: `[n·H, rows, L]`."""
 
-    def __init__(self, call: Attention, group: Group, begin: int, end: int) -> None:
-        self.call, self.group, self.begin, self.end = call, group, begin, end
+    def __init__(self, call: Attention, group: Group, rows: slice) -> None:
+        self.call, self.group, self.rows = call, group, rows
         place = torch.arange(group.length, device=call.q.device)
-        self.query, self.key = place[begin:end, None], place[None, :]
+        self.query, self.key = place[rows, None], place[None, :]
         hidden = None
         if call.causal:
             hidden = self.key > self.query
@@ -150,9 +156,8 @@ class Scores:
         if self.call.positions is None:
             difference = self.query - self.key
         else:
-            rows = self.group.starts[:, None] + self.key  # [n, L]
-            index = self.call.positions[rows].to(torch.int64)
-            difference = index[:, self.begin : self.end, None] - index[:, None, :]
+            index = self.call.positions[self.group.starts[:, None] + self.key].to(torch.int64)  # [n, L]
+            difference = index[:, self.rows, None] - index[:, None, :]
         return difference.add_(buckets // 2).clamp_(0, buckets - 1)
 
     def drop_(self, attention: Tensor) -> Tensor:
@@ -167,14 +172,20 @@ class Scores:
         return attention.mul_(keep).mul_(1 / (1 - call.dropout))
 
 
-def _blocks(call: Attention, layout: Layout) -> Iterator[tuple[Group, list[tuple[int, int]]]]:
-    """Groups whose scores make a block, or more where a sequence alone is too long: ranges of its queries."""
-    limit = BLOCK_BYTES.get(call.q.device.type, BLOCK_BYTES["cuda"]) // call.dtype.itemsize
-    for group in layout.groups:
-        row = call.heads * group.length  # scores of a query
-        rows = max(min(limit // row, group.length), 1)
-        for piece in group.pieces(max(limit // (row * group.length), 1)):
-            yield piece, [(at, min(at + rows, group.length)) for at in range(0, group.length, rows)]
+def _limit(call: Attention) -> int:
+    """Scores of a block."""
+    return BLOCK_BYTES.get(call.q.device.type, BLOCK_BYTES["cuda"]) // call.dtype.itemsize
+
+
+def _pieces(call: Attention) -> Callable[[Group], int]:
+    """How many sequences of a group make a block of scores."""
+    return lambda group: max(_limit(call) // (call.heads * group.length**2), 1)
+
+
+def _ranges(call: Attention, group: Group) -> Iterator[slice]:
+    """The queries of each block: all of them, but where a sequence alone is too long."""
+    step = max(min(_limit(call) // (call.heads * group.length), group.length), 1)
+    return (slice(at, min(at + step, group.length)) for at in range(0, group.length, step))
 
 
 def _plain(call: Attention) -> bool:
@@ -184,87 +195,87 @@ def _plain(call: Attention) -> bool:
 
 
 def forward(call: Attention) -> tuple[Tensor, Tensor, Tensor]:
-    """`out [T, H·dv]` in the dtype of v, the log-sum-exp `[H, T]` of the scores in `call.dtype`, and `out` as it was before
-    rounding, if it was rounded and there is a table, whose gradients may cancel."""
+    """`out [T, H·dv]` in the dtype of v, the log-sum-exp `[H, T]` of the scores in `call.dtype`, and `out` as it was
+    before rounding, if it was rounded and there is a table, whose gradients may cancel."""
     layout = Layout(call.offsets)
-    q, k, v = (layout.gather(x, call.dtype) for x in (call.q, call.k, call.v))
-    pooled, mass = v.new_empty(v.shape), q.new_empty(layout.total, call.heads)
+    tensors = [layout.gather(x, call.dtype) for x in (call.q, call.k, call.v)]
     if _plain(call):
-        for group in layout.groups:
-            out, lse = _flash_attention(
-                *(group.heads(x, call.heads) for x in (q, k, v)), 0.0, call.causal, scale=call.scale
-            )
-            group.heads(pooled, call.heads).copy_(out)
-            group.heads(mass, call.heads).copy_(lse.unsqueeze(3))
+        pooled, mass = _forward_plain(call, layout, tensors)
     else:
-        _forward_blocks(call, layout, q, k, v, pooled, mass)
-    exact_out = layout.scatter(pooled, call.v.new_zeros(call.v.shape, dtype=call.exact_dtype))
-    lse = layout.scatter(mass, q.new_zeros(call.q.shape[0], call.heads)).t().contiguous()
+        pooled, mass = _forward_blocks(call, layout, tensors)
+    exact_out = layout.scatter(pooled, call.v, call.exact_dtype)
+    lse = layout.scatter(mass, call.q, call.dtype).t().contiguous()
     out = exact_out.to(call.v.dtype)
     return out, lse, lse.new_empty(0) if out.dtype == exact_out.dtype else exact_out
 
 
-def _forward_blocks(
-    call: Attention, layout: Layout, q: Tensor, k: Tensor, v: Tensor, pooled: Tensor, mass: Tensor
-) -> None:
+def _forward_plain(call: Attention, layout: Layout, tensors: list[Tensor]) -> tuple[Tensor, Tensor]:
+    pooled, mass = [tensors[2][:0]], [tensors[2].new_empty(0, call.heads)]
+    for group, *parts in layout.parts(*tensors):
+        q, k, v = (group.heads(part, call.heads) for part in parts)
+        out, lse = _flash_attention(q, k, v, 0.0, call.causal, scale=call.scale)
+        pooled.append(group.rows(out))
+        mass.append(group.rows(lse.unsqueeze(3)))
+    return _joined(pooled), _joined(mass)
+
+
+def _forward_blocks(call: Attention, layout: Layout, tensors: list[Tensor]) -> tuple[Tensor, Tensor]:
     table = None if call.table is None else call.table.to(call.dtype)
-    for group, ranges in _blocks(call, layout):
-        queries, keys, values = (group.heads(x, call.heads).flatten(0, 1) for x in (q, k, v))
-        for begin, end in ranges:
-            block = Scores(call, group, begin, end)
-            attention = block.of(queries[:, begin:end], keys, table)
+    pooled, mass = [tensors[2][:0]], [tensors[2].new_empty(0, call.heads)]
+    for group, *parts in layout.parts(*tensors, pieces=_pieces(call)):
+        q, k, v = (group.heads(part, call.heads).flatten(0, 1) for part in parts)
+        outs, logarithms = [], []
+        for rows in _ranges(call, group):
+            block = Scores(call, group, rows)
+            attention = block.of(q[:, rows], k, table)
             peak = attention.amax(2, keepdim=True).clamp_min_(torch.finfo(call.dtype).min)
             total = attention.sub_(peak).exp_().sum(2, keepdim=True)
             some = total > 0
-            lse = torch.where(some, peak + total.log(), 0)
-            rows = torch.bmm(block.drop_(attention), values).div_(torch.where(some, total, 1))
-            for x, out in ((rows, pooled), (lse, mass)):
-                group.heads(out, call.heads)[:, :, begin:end] = x.unflatten(0, (-1, call.heads))
+            logarithms.append(torch.where(some, peak + total.log(), 0))
+            outs.append(torch.bmm(block.drop_(attention), v).div_(torch.where(some, total, 1)))
+        pooled.append(group.rows(torch.cat(outs, 1).unflatten(0, (-1, call.heads))))
+        mass.append(group.rows(torch.cat(logarithms, 1).unflatten(0, (-1, call.heads))))
+    return _joined(pooled), _joined(mass)
 
 
 def backward(call: Attention, grad_out: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, ...]:
     """dL/dq, dL/dk, dL/dv in their dtypes, and dL/dtable `[R, H]` in `call.dtype`, empty without a table."""
     layout = Layout(call.offsets)
-    q, k, v, g = (layout.gather(x, call.dtype) for x in (call.q, call.k, call.v, grad_out))
-    mass = layout.gather(lse.t(), call.dtype)
-    exact_out = None if out.dtype != call.dtype else layout.gather(out, call.dtype)  # else it was rounded
-    grads = tuple(x.new_empty(x.shape) for x in (q, k, v))
+    tensors = [layout.gather(x, call.dtype) for x in (grad_out, call.q, call.k, call.v, out, lse.t())]
+    exact = out.dtype == call.dtype
     grad_table = lse.new_zeros(0 if call.table is None else call.table.shape)
-    if _plain(call) and exact_out is not None:
-        for group in layout.groups:
-            given = (group.heads(x, call.heads) for x in (g, q, k, v, exact_out))
-            logarithm = group.heads(mass, call.heads).squeeze(3).contiguous()
-            results = _flash_attention_backward(*given, logarithm, 0.0, call.causal, scale=call.scale)
-            for result, gradient in zip(results, grads, strict=True):
-                group.heads(gradient, call.heads).copy_(result)
+    if _plain(call) and exact:
+        grads = _backward_plain(call, layout, tensors)
     else:
-        _backward_blocks(call, layout, (q, k, v, g), exact_out, mass, grads, grad_table)
-    scattered = (
-        layout.scatter(gradient, x.new_zeros(x.shape))
-        for gradient, x in zip(grads, (call.q, call.k, call.v), strict=True)
-    )
-    return *scattered, grad_table
+        grads = _backward_blocks(call, layout, tensors, exact, grad_table)
+    inputs = (call.q, call.k, call.v)
+    return *(layout.scatter(g, x, x.dtype) for g, x in zip(grads, inputs, strict=True)), grad_table
+
+
+def _backward_plain(call: Attention, layout: Layout, tensors: list[Tensor]) -> list[Tensor]:
+    grads = [[x[:0]] for x in tensors[1:4]]
+    for group, *parts in layout.parts(*tensors):
+        *given, lse = (group.heads(part, call.heads) for part in parts)
+        lse = lse.squeeze(3).contiguous()
+        results = _flash_attention_backward(*given, lse, 0.0, call.causal, scale=call.scale)
+        for result, gradient in zip(results, grads, strict=True):
+            gradient.append(group.rows(result))
+    return [_joined(gradient) for gradient in grads]
 
 
 def _backward_blocks(
-    call: Attention,
-    layout: Layout,
-    tensors: tuple[Tensor, ...],
-    exact_out: Tensor | None,
-    mass: Tensor,
-    grads: tuple[Tensor, ...],
-    grad_table: Tensor,
-) -> None:
+    call: Attention, layout: Layout, tensors: list[Tensor], exact: bool, grad_table: Tensor
+) -> list[Tensor]:
+    """`exact`: whether the output was not rounded."""
     table = None if call.table is None else call.table.to(call.dtype)
-    for group, ranges in _blocks(call, layout):
-        q, k, v, g = (group.heads(x, call.heads).flatten(0, 1) for x in tensors)
-        lse = group.heads(mass, call.heads).flatten(0, 1)
-        delta = None
-        if exact_out is not None:
-            delta = torch.linalg.vecdot(g, group.heads(exact_out, call.heads).flatten(0, 1)).unsqueeze(2)
-        grad_q, grad_k, grad_v = (torch.zeros_like(x) for x in (q, k, v))
-        for begin, end in ranges:
-            block, rows = Scores(call, group, begin, end), slice(begin, end)
+    grads = [[x[:0]] for x in tensors[1:4]]
+    for group, *parts in layout.parts(*tensors, pieces=_pieces(call)):
+        g, q, k, v, out, lse = (group.heads(part, call.heads).flatten(0, 1) for part in parts)
+        delta = torch.linalg.vecdot(g, out).unsqueeze(2) if exact else None
+        results = [torch.zeros_like(x) for x in (q, k, v)]
+        grad_q, grad_k, grad_v = results
+        for rows in _ranges(call, group):
+            block = Scores(call, group, rows)
             attention = block.of(q[:, rows], k, table).sub_(lse[:, rows]).exp_()
             grad = block.drop_(torch.bmm(g[:, rows], v.transpose(1, 2)))
             means = (grad * attention).sum(2, keepdim=True) if delta is None else delta[:, rows]
@@ -274,8 +285,14 @@ def _backward_blocks(
                 _add_to_table(grad_table, grad, block)
             grad_q[:, rows].baddbmm_(grad, k, alpha=call.scale)
             grad_k.baddbmm_(grad.transpose(1, 2), q[:, rows], alpha=call.scale)
-        for gradient, x in zip(grads, (grad_q, grad_k, grad_v), strict=True):
-            group.heads(gradient, call.heads).copy_(x.unflatten(0, (-1, call.heads)))
+        for result, gradient in zip(results, grads, strict=True):
+            gradient.append(group.rows(result.unflatten(0, (-1, call.heads))))
+    return [_joined(gradient) for gradient in grads]
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    """Of groups, behind an empty one: without a copy if it is one."""
+    return parts[1] if len(parts) == 2 else torch.cat(parts)
 
 
 def _add_to_table(grad_table: Tensor, grad: Tensor, block: Scores) -> None:
