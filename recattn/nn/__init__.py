@@ -1,6 +1,7 @@
 """Layers over the operators, each with an eager twin that shares its parameters."""
 
 from recattn.nn.activation_unit import ActivationUnit
+from recattn.nn.self_attention import SelfAttention
 from recattn.nn.twin import Twin
 
-__all__ = ["ActivationUnit", "Twin"]
+__all__ = ["ActivationUnit", "SelfAttention", "Twin"]

@@ -1,6 +1,6 @@
 """The formula of each operator, written for reading: what the kernels are compared with."""
 
 from recattn.reference.activation_unit import activation_unit, activation_unit_padded
-from recattn.reference.self_attention import self_attention
+from recattn.reference.self_attention import self_attention, self_attention_padded
 
-__all__ = ["activation_unit", "activation_unit_padded", "self_attention"]
+__all__ = ["activation_unit", "activation_unit_padded", "self_attention", "self_attention_padded"]

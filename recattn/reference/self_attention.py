@@ -56,3 +56,43 @@ def self_attention(
                 attention = attention * keep / (1 - dropout)
             out[begin:end, head] = attention @ value
     return out.flatten(1)
+
+
+def self_attention_padded(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor,
+    *,
+    num_heads: int = 1,
+    scale: float | None = None,
+    causal: bool = False,
+    hide_self: bool = False,
+    bias_table: Tensor | None = None,
+    bias_index: str | Tensor = "position",
+    dropout: float = 0.0,
+) -> Tensor:
+    """The same on a padded batch, with all scores in memory, as ranking libraries write it.
+
+    `q`, `k` and `v` are `[B, L, H·d]`, `mask` is `[B, L]` bool, and `bias_index` may be `[B, L]` integers. What dropout
+    drops differs from what the operator does.
+    """
+    place = torch.arange(q.shape[1], device=q.device)
+    heads = [x.unflatten(2, (num_heads, -1)).transpose(1, 2) for x in (q, k, v)]  # [B, H, L, d]
+    scores = heads[0] @ heads[1].transpose(2, 3)
+    scores = scores * (heads[0].shape[3] ** -0.5 if scale is None else scale)
+    if bias_table is not None:
+        index = place[None] if isinstance(bias_index, str) else bias_index.to(torch.int64)
+        buckets = len(bias_table)
+        bucket = (index[:, :, None] - index[:, None, :] + buckets // 2).clamp(0, buckets - 1)
+        scores = scores + bias_table[bucket].movedim(3, 1)
+    admitted = mask[:, None, None, :].expand_as(scores)
+    if causal:
+        admitted = admitted & (place[None, :] <= place[:, None])
+    if hide_self:
+        admitted = admitted & (place[None, :] != place[:, None])
+    some = admitted.any(3, keepdim=True)
+    scores = scores.masked_fill(~admitted, -torch.inf).masked_fill(~some, 0)
+    attention = torch.softmax(scores, 3).masked_fill(~some, 0)
+    attention = torch.nn.functional.dropout(attention, dropout)
+    return (attention @ heads[2]).transpose(1, 2).flatten(2).masked_fill(~mask[:, :, None], 0)
