@@ -119,11 +119,11 @@ class SelfAttention(Twin):
         if self.implementation == "fused":
             return self.output(functional.self_attention(q, k, v, offsets, bias_index=bias_index, **options))
         items = Jagged(x, offsets)
-        padded = [items.with_values(part).to_padded() for part in (q, k, v)]
+        q, k, v = (items.with_values(part).to_padded() for part in (q, k, v))
         if isinstance(bias_index, Tensor):
             bias_index = items.with_values(bias_index).to_padded()
-        mask = torch.arange(padded[0].shape[1], device=x.device) < items.lengths[:, None]
-        out = self_attention_padded(*padded, mask, bias_index=bias_index, **options)
+        mask = torch.arange(q.shape[1], device=x.device) < items.lengths[:, None]
+        out = self_attention_padded(q, k, v, mask, bias_index=bias_index, **options)
         packed = Jagged.from_padded(out, mask=mask).values
         rows = nn.functional.pad(packed, (0, 0, 0, max(x.shape[0] - packed.shape[0], 0)))[: x.shape[0]]
         return self.output(rows)
