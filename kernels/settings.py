@@ -120,7 +120,8 @@ class AttentionLaunch(NamedTuple):
     num_stages: int
 
 
-# "plain" is without bias and dropout, whose tiles need registers of their own; "broad" has heads wider than NARROW.
+# "plain" is without bias and dropout, whose tiles need registers of their own, "rich" with both; "broad" has heads
+# wider than NARROW.
 SELF_ATTENTION = {
     ("plain forward", "half"): AttentionLaunch(32, 64, 32, 64, 1, 2),
     ("plain forward", "tf32"): AttentionLaunch(32, 32, 16, 32, 2, 2),
@@ -134,6 +135,9 @@ SELF_ATTENTION = {
     ("keys", "half"): AttentionLaunch(32, 16, 16, 64, 1, 2),
     ("keys", "tf32"): AttentionLaunch(32, 16, 16, 32, 2, 2),
     ("keys", "ieee"): AttentionLaunch(32, 16, 16, 32, 2, 1),
+    ("rich keys", "half"): AttentionLaunch(32, 16, 16, 64, 2, 2),
+    ("rich keys", "tf32"): AttentionLaunch(32, 16, 16, 32, 2, 2),
+    ("rich keys", "ieee"): AttentionLaunch(16, 16, 16, 32, 2, 1),
     ("broad forward", "half"): AttentionLaunch(32, 16, 16, 64, 1, 2),
     ("broad keys", "half"): AttentionLaunch(32, 16, 16, 64, 2, 2),
     ("broad keys", "tf32"): AttentionLaunch(16, 16, 16, 32, 2, 2),
@@ -153,4 +157,6 @@ def self_attention(kernel: str, call: Any) -> AttentionLaunch:
         kernel = "broad " + kernel
     elif kernel == "forward" and call.table is None and not call.dropout:
         kernel = "plain forward"
+    elif kernel == "keys" and call.table is not None and call.dropout:
+        kernel = "rich keys"
     return SELF_ATTENTION[kernel, products]

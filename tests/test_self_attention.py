@@ -139,7 +139,7 @@ def test_slack_rows_are_neither_read_nor_given_a_gradient(backend: str) -> None:
 
 @pytest.mark.parametrize("backend", ["triton", "torch"])
 def test_rows_may_lie_apart(backend: str) -> None:
-    case = variant(buckets=7)
+    case = variant(buckets=7, lengths=[3, 40, 0, 20])
     tensors = case.tensors()
     strided = {
         name: torch.stack([tensor, torch.full_like(tensor, torch.nan)], dim=1)[:, 0]
@@ -168,7 +168,7 @@ def test_rows_may_lie_beyond_the_reach_of_32_bits() -> None:
 @pytest.mark.parametrize("backend", ["triton", "torch"])
 @pytest.mark.parametrize("by_time", [False, True])
 def test_gradients_are_bitwise_repeatable(backend: str, by_time: bool) -> None:
-    case = variant(lengths=[3, 150, 0, 20], buckets=8, by_time=by_time, dropout=0.2)
+    case = variant(lengths=[3, 60, 0, 20], buckets=8, by_time=by_time, dropout=0.2)
     first, second = run(case, backend), run(case, backend)
     for name in first:
         assert torch.equal(first[name], second[name]), name
