@@ -41,6 +41,13 @@ KERNELS = {
         "gradients_kernel",
         "weights_kernel",
     },
+    "self_attention": {
+        "_spans_kernel",
+        "_forward_kernel",
+        "_queries_kernel",
+        "_keys_kernel",
+        "_table_kernel",
+    },
 }
 PRODUCTS = ["bf16", "fp16", "tf32", "fp32"]
 

@@ -4,6 +4,7 @@ from recattn.functional.activation_unit import activation_unit
 from recattn.functional.activation_unit_statistics import activation_unit_statistics
 from recattn.functional.attentional_gru import attentional_gru
 from recattn.functional.checks import check_choice
+from recattn.functional.self_attention import self_attention
 from recattn.ops.activation_unit import ACTIVATIONS, FEATURES, NORMALIZATIONS
 from recattn.ops.attentional_gru import KINDS, UPDATES
 
@@ -17,4 +18,5 @@ __all__ = [
     "activation_unit_statistics",
     "attentional_gru",
     "check_choice",
+    "self_attention",
 ]

@@ -2,6 +2,7 @@
 
 from recattn.nn.activation_unit import ActivationUnit
 from recattn.nn.attentional_gru import AttentionalGRU
+from recattn.nn.self_attention import SelfAttention
 from recattn.nn.twin import Twin
 
-__all__ = ["ActivationUnit", "AttentionalGRU", "Twin"]
+__all__ = ["ActivationUnit", "AttentionalGRU", "SelfAttention", "Twin"]

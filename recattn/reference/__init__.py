@@ -3,6 +3,7 @@
 from recattn.reference.activation_unit import activation_unit, activation_unit_padded
 from recattn.reference.activation_unit_statistics import activation_unit_statistics
 from recattn.reference.attentional_gru import attentional_gru, attentional_gru_padded
+from recattn.reference.self_attention import self_attention, self_attention_padded
 
 __all__ = [
     "activation_unit",
@@ -10,4 +11,6 @@ __all__ = [
     "activation_unit_statistics",
     "attentional_gru",
     "attentional_gru_padded",
+    "self_attention",
+    "self_attention_padded",
 ]
