@@ -106,3 +106,52 @@ def programs(launch: Launch, rows: int, device: torch.device) -> int:
     if device.type == "cuda":
         multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
     return max(1, min(-(-rows // launch.least_rows), multiprocessors * launch.programs_per_sm))
+
+
+# ------------------------------------------------------------------------------------------------ target_attention
+
+
+class Tiles(NamedTuple):
+    block: int  # tokens per tile
+    tail: int  # tokens per tile where a history ends
+    num_warps: int
+    num_stages: int
+    dim_slab: int  # widest slab of keys and values
+    least_rows: int  # fewest rows worth a program
+    programs_per_sm: int
+
+
+WIDEST_HEAD = 256
+SHORT = 48  # mean length below which histories share a tile
+
+# One query per history, by the width that a program takes and by precision.
+QUERY_FORWARD = {
+    ("narrow", "half"): Tiles(32, 16, 1, 2, 64, 256, 16),
+    ("narrow", "tf32"): Tiles(32, 16, 1, 2, 64, 256, 16),
+    ("narrow", "ieee"): Tiles(32, 16, 1, 2, 64, 256, 16),
+    ("broad", "half"): Tiles(16, 16, 1, 2, 64, 256, 16),
+    ("broad", "tf32"): Tiles(16, 16, 1, 2, 64, 256, 16),
+    ("broad", "ieee"): Tiles(16, 16, 1, 2, 64, 256, 16),
+}
+QUERY_NARROW = 128
+QUERY_WIDEST = 256  # what heads fill side by side
+
+
+def query_forward(precision: str, width: int) -> Tiles:
+    return QUERY_FORWARD["narrow" if width <= QUERY_NARROW else "broad", precision]
+
+
+QUERY_BACKWARD = {
+    ("narrow", "half"): Tiles(32, 16, 1, 2, 64, 256, 8),
+    ("narrow", "tf32"): Tiles(32, 16, 1, 2, 64, 256, 8),
+    ("narrow", "ieee"): Tiles(32, 16, 1, 2, 64, 256, 8),
+    ("broad", "half"): Tiles(16, 16, 1, 2, 64, 256, 8),
+    ("broad", "tf32"): Tiles(16, 16, 1, 2, 64, 256, 8),
+    ("broad", "ieee"): Tiles(16, 16, 1, 2, 64, 256, 8),
+}
+QUERY_BACKWARD_NARROW = 64
+QUERY_BACKWARD_WIDEST = 128
+
+
+def query_backward(precision: str, width: int) -> Tiles:
+    return QUERY_BACKWARD["narrow" if width <= QUERY_BACKWARD_NARROW else "broad", precision]
