@@ -1,1 +1,312 @@
-"""stub"""
+"""target_attention where candidates share a history: each program brings the keys to a block of them.
+
+Forward has a program per block of candidates and head. Blocks are counted on the device; the host knows only a bound. Backward
+has a program per history and head, which passes over the keys once: their gradients stay on chip while all candidates
+come by, whose own are added up in memory that no other program touches.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import settings
+from .arguments import get
+from .dot_product import (
+    LOWEST,
+    Data,
+    Spec,
+    Upstream,
+    accumulate,
+    attention,
+    attention_backward,
+    bias_factor,
+    data_of,
+    finish_scores,
+    load_keys_values,
+    load_tile,
+    outer,
+    products,
+    spec_of,
+    store_tile,
+    transposed,
+    zero_slack,
+)
+from .primitives import LN_2, LOG2_E, dot, exp2, scale, zero_rows
+from .schedule import find_sequence
+
+
+class Groups(NamedTuple):
+    queries: Tensor  # [B + 1], the candidates of each history
+    blocks: Tensor  # [B + 1], where the blocks of each begin
+
+
+@triton.jit
+def load_bias(data, start, valid, head, SPEC: tl.constexpr, FULL: tl.constexpr):
+    """Of the tokens from `start` on, `[tokens]`."""
+    STRIDE: tl.constexpr = get(SPEC, "bias_heads")
+    if STRIDE:
+        place = data.bias + (start + tl.arange(0, valid.shape[0])) * STRIDE + (head if STRIDE > 1 else 0)
+        if FULL:
+            return tl.load(place)
+        else:
+            return tl.load(place, mask=valid, other=0.0)
+    else:
+        return tl.zeros(valid.shape, tl.float32)
+
+
+# ------------------------------------------------------------------------------------------------ forward
+
+
+@triton.jit
+def weigh(p, rows, acc, PRECISION: tl.constexpr):
+    """`acc + p rows`, slabs `[candidates, size]`."""
+    out = ()
+    for i in tl.static_range(len(rows)):
+        out = out + (dot(p.to(rows[i].dtype), rows[i], acc[i], PRECISION),)
+    return out
+
+
+@triton.jit
+def _attend(data, start, valid, q, head, state, SPEC: tl.constexpr, FULL: tl.constexpr):
+    """Adds the tokens from `start` on to the state: maxima, sums of exponentials, weighted values."""
+    PRECISION: tl.constexpr = get(SPEC, "precision")
+    peak, mass, acc = state
+    k, v = load_keys_values(data, start, valid, head, SPEC, FULL)
+    s = tl.zeros([get(SPEC, "columns"), valid.shape[0]], tl.float32)
+    s = products(q, transposed(k), s, PRECISION)  # [candidates, tokens]
+    s = finish_scores(s, data.scale, load_bias(data, start, valid, head, SPEC, FULL)[None, :], SPEC)
+    if get(SPEC, "normalize") == "softmax":
+        if not FULL:
+            s = tl.where(valid[None, :], s, float("-inf"))
+        top = tl.maximum(peak, tl.max(s, 1))
+        factor = exp2(peak - top, get(SPEC, "approx"))
+        p = exp2(s - top[:, None], get(SPEC, "approx"))
+        mass = mass * factor + tl.sum(p, 1)
+        return top, mass, weigh(p, v, scale(acc, factor[:, None]), PRECISION)
+    else:
+        p = attention(s, valid[None, :], 0.0, SPEC, not FULL)
+        return peak, mass, weigh(p, v, acc, PRECISION)
+
+
+@triton.jit
+def _forward_kernel(data, groups, out, lse, count, SPEC: tl.constexpr):
+    """The third axis of programs shares the keys of a history: each writes one of `out [splits, N, H·dv]`."""
+    ROWS: tl.constexpr = get(SPEC, "columns")
+    BLOCK: tl.constexpr = get(SPEC, "block")
+    TAIL: tl.constexpr = get(SPEC, "tail")
+    HEADS: tl.constexpr = get(SPEC, "heads")
+    DIM: tl.constexpr = get(SPEC, "dim")
+    VALUE_DIM: tl.constexpr = get(SPEC, "value_dim")
+    SLAB: tl.constexpr = get(SPEC, "dim_slab")
+    block = tl.program_id(0)
+    head = tl.program_id(1)
+    split = tl.program_id(2)
+    if block >= tl.load(groups.blocks + data.batch):
+        return
+    history = find_sequence(groups.blocks, data.batch, block)
+    candidate = tl.load(groups.queries + history) + (block - tl.load(groups.blocks + history)) * ROWS
+    rest = tl.load(groups.queries + history + 1) - candidate
+    row = tl.arange(0, ROWS)
+    alive = row < rest
+    candidate = candidate.to(tl.int64)
+    query = data.query + candidate * data.query_stride + head * DIM
+    q = load_tile(query, row, alive, data.query_stride, DIM, SLAB, False)
+    first_row = tl.load(data.offsets + history).to(tl.int64)
+    length = (tl.load(data.offsets + history + 1) - first_row).to(tl.int32)
+    share = tl.cdiv(tl.cdiv(length, tl.num_programs(2)), BLOCK) * BLOCK
+    begin = tl.minimum(split * share, length)
+    end = tl.minimum(begin + share, length)
+    full = begin + (end - begin) // BLOCK * BLOCK
+    state = (
+        tl.full([ROWS], LOWEST, tl.float32),
+        tl.zeros([ROWS], tl.float32),
+        zero_rows(ROWS, VALUE_DIM, SLAB),
+    )
+    every = tl.full([BLOCK], 1, tl.int1)
+    for step in tl.range(begin, full, BLOCK, num_stages=get(SPEC, "stages")):
+        state = _attend(data, first_row + step, every, q, head, state, SPEC, True)
+    for step in tl.range(full, end, TAIL, num_stages=1):
+        valid = tl.arange(0, TAIL) < end - step
+        state = _attend(data, first_row + step, valid, q, head, state, SPEC, False)
+    peak, mass, acc = state
+    candidate += split.to(tl.int64) * count
+    if get(SPEC, "normalize") == "softmax":
+        some = mass > 0  # unless there is no key, or a bias of -inf hides all
+        mass = tl.where(some, mass, 1.0)
+        place = lse + candidate * HEADS + head
+        tl.store(place + row * HEADS, tl.where(some, (peak + tl.log2(mass)) * LN_2, float("-inf")), mask=alive)
+        acc = scale(acc, (1 / mass)[:, None])
+    place = out + candidate * (HEADS * VALUE_DIM) + head * VALUE_DIM
+    store_tile(place, acc, row, alive, HEADS * VALUE_DIM, VALUE_DIM, SLAB, False)
+
+
+def forward(call: Any) -> tuple[Tensor, Tensor]:
+    """`out [N, H·dv]` and the log-sum-exp `[N, H]`, in float32, of a `recattn.composite.target_attention.Call`."""
+    data, batch, count = data_of(call), call.offsets.numel() - 1, call.query.shape[0]
+    launch = settings.candidates_forward(*_shape(call))
+    blocks, most = _blocks(call, launch.candidates)
+    splits = launch.splits(most * call.heads, call.total // max(batch, 1), call.keys.device)
+    shape = (splits, count) if splits > 1 else (count,)
+    out = torch.zeros(*shape, call.values.shape[1], dtype=torch.float32, device=call.keys.device)
+    lse = out.new_full((*shape, call.heads), -torch.inf)
+    if batch and count and call.total:
+        spec = spec_of(call, data, launch, 1, columns=launch.candidates)
+        _forward_kernel[(most, call.heads, splits)](data, blocks, out, lse, count, SPEC=spec, num_warps=launch.num_warps)
+    return _joined(out, lse, call) if splits > 1 else (out, lse)
+
+
+def _joined(out: Tensor, lse: Tensor, call: Any) -> tuple[Tensor, Tensor]:
+    """Of parts `[splits, N, *]`."""
+    if call.normalize != "softmax":
+        return out.sum(0), lse[0]
+    total = lse.logsumexp(0)
+    share = (lse - total.masked_fill(total == -torch.inf, 0)).exp_()
+    return (out.unflatten(2, (call.heads, -1)) * share.unsqueeze(3)).sum(0).flatten(1), total
+
+
+def _shape(call: Any) -> tuple[str, int, float]:
+    """By which settings are chosen: precision, width of a head, mean number of candidates."""
+    dim = max(call.keys.shape[1], call.values.shape[1]) // call.heads
+    return settings.precision(call.keys.dtype), dim, call.query.shape[0] / max(call.offsets.numel() - 1, 1)
+
+
+def _blocks(call: Any, size: int) -> tuple[Groups, int]:
+    """Blocks of `size` candidates, and how many there can be."""
+    queries = call.query_offsets.contiguous()
+    blocks = torch.zeros_like(queries)
+    torch.cumsum((queries.diff() + (size - 1)).div_(size, rounding_mode="floor"), 0, dtype=queries.dtype, out=blocks[1:])
+    return Groups(queries, blocks), call.query.shape[0] // size + min(call.query.shape[0], queries.numel() - 1)
+
+
+# ------------------------------------------------------------------------------------------------ backward
+
+
+@triton.jit
+def _meet(data, upstream, grad_query, k, v, bias, valid, candidate, rest, head, acc, SPEC: tl.constexpr, FULL: tl.constexpr):
+    """A tile of keys meets a block of candidates: adds to the keys' gradients in `acc`, to the candidates' in memory."""
+    ROWS: tl.constexpr = get(SPEC, "columns")
+    PRECISION: tl.constexpr = get(SPEC, "precision")
+    HEADS: tl.constexpr = get(SPEC, "heads")
+    DIM: tl.constexpr = get(SPEC, "dim")
+    VALUE_DIM: tl.constexpr = get(SPEC, "value_dim")
+    SLAB: tl.constexpr = get(SPEC, "dim_slab")
+    grad_key, grad_value, grad_bias = acc
+    row = tl.arange(0, ROWS)
+    alive = row < rest
+    query = data.query + candidate * data.query_stride + head * DIM
+    q = load_tile(query, row, alive, data.query_stride, DIM, SLAB, False)
+    g = upstream.grad_out + candidate * (HEADS * VALUE_DIM) + head * VALUE_DIM
+    g = load_tile(g, row, alive, HEADS * VALUE_DIM, VALUE_DIM, SLAB, False)
+    place = candidate * HEADS + head
+    log_mass = tl.load(upstream.lse + place + row * HEADS, mask=alive, other=float("inf")) * LOG2_E
+    # Where nothing is seen it is -inf, and so are all scores: their difference would be NaN.
+    log_mass = tl.where(log_mass == float("-inf"), 0.0, log_mass)
+    delta = tl.load(upstream.delta + place + row * HEADS, mask=alive, other=0.0)
+    zero = tl.zeros([valid.shape[0], ROWS], tl.float32)
+    s = finish_scores(products(k, transposed(q), zero, PRECISION), data.scale, bias[:, None], SPEC)
+    a = attention(s, valid[:, None], log_mass[None, :], SPEC, not FULL)  # [tokens, candidates]
+    grad = products(v, transposed(g), zero, PRECISION)
+    factor = bias_factor(data.scale, SPEC)
+    grad = attention_backward(grad, a, valid[:, None], factor, delta[None, :] * factor, SPEC, not FULL)
+    grad_value = weigh(a, g, grad_value, PRECISION)
+    if get(SPEC, "bias_heads"):
+        grad_bias += tl.sum(grad, 1)
+        grad *= data.scale
+    grad = grad.to(q[0].dtype)
+    grad_key = weigh(grad, q, grad_key, PRECISION)
+    place = grad_query + candidate * (HEADS * DIM) + head * DIM
+    before = load_tile(place, row, alive, HEADS * DIM, DIM, SLAB, False)
+    store_tile(place, weigh(tl.trans(grad), k, before, PRECISION), row, alive, HEADS * DIM, DIM, SLAB, False)
+    return grad_key, grad_value, grad_bias
+
+
+@triton.jit
+def _attend_backward(
+    data, groups, upstream, grads, history, start, valid, head, SPEC: tl.constexpr, FULL: tl.constexpr
+):
+    """Writes the gradients of the tokens from `start` on, and adds to those of this program's candidates."""
+    ROWS: tl.constexpr = get(SPEC, "columns")
+    HEADS: tl.constexpr = get(SPEC, "heads")
+    DIM: tl.constexpr = get(SPEC, "dim")
+    VALUE_DIM: tl.constexpr = get(SPEC, "value_dim")
+    SLAB: tl.constexpr = get(SPEC, "dim_slab")
+    grad_query, grad_key, grad_value, grad_bias = grads
+    split = tl.program_id(2)
+    k, v = load_keys_values(data, start, valid, head, SPEC, FULL)
+    bias = load_bias(data, start, valid, head, SPEC, FULL)
+    TOKENS: tl.constexpr = valid.shape[0]
+    acc = (zero_rows(TOKENS, DIM, SLAB), zero_rows(TOKENS, VALUE_DIM, SLAB), tl.zeros([TOKENS], tl.float32))
+    origin = tl.load(groups.queries + history)
+    count = (tl.load(groups.queries + history + 1) - origin).to(tl.int32)
+    origin = origin.to(tl.int64)
+    for step in tl.range(split * ROWS, count, tl.num_programs(2) * ROWS, num_stages=get(SPEC, "stages")):
+        acc = _meet(
+            data, upstream, grad_query, k, v, bias, valid, origin + step, count - step, head, acc, SPEC, FULL
+        )
+    # What was added to candidates is read again with the next tile of keys, maybe by other threads.
+    tl.debug_barrier()
+    row = tl.arange(0, TOKENS)
+    start += split.to(tl.int64) * data.total
+    place = grad_key + start * (HEADS * DIM) + head * DIM
+    store_tile(place, acc[0], row, valid, HEADS * DIM, DIM, SLAB, FULL)
+    place = grad_value + start * (HEADS * VALUE_DIM) + head * VALUE_DIM
+    store_tile(place, acc[1], row, valid, HEADS * VALUE_DIM, VALUE_DIM, SLAB, FULL)
+    if get(SPEC, "bias_heads"):
+        tl.store(grad_bias + start * HEADS + row * HEADS + head, acc[2], mask=valid)
+
+
+@triton.jit
+def _backward_kernel(data, groups, upstream, grad_query, grad_key, grad_value, grad_bias, SPEC: tl.constexpr):
+    """The third axis of programs shares the candidates of a history: each writes one of `grad_key [splits, T, H·d]`."""
+    BLOCK: tl.constexpr = get(SPEC, "block")
+    TAIL: tl.constexpr = get(SPEC, "tail")
+    HEADS: tl.constexpr = get(SPEC, "heads")
+    history = tl.program_id(0)
+    head = tl.program_id(1)
+    split = tl.program_id(2)
+    if head == 0:
+        slack = split.to(tl.int64) * data.total
+        zero_slack(grad_key, slack, HEADS * get(SPEC, "dim"), data)
+        zero_slack(grad_value, slack, HEADS * get(SPEC, "value_dim"), data)
+        if get(SPEC, "bias_heads"):
+            zero_slack(grad_bias, slack, HEADS, data)
+    grads = (grad_query, grad_key, grad_value, grad_bias)
+    first_row = tl.load(data.offsets + history).to(tl.int64)
+    length = (tl.load(data.offsets + history + 1) - first_row).to(tl.int32)
+    full = length // BLOCK * BLOCK
+    every = tl.full([BLOCK], 1, tl.int1)
+    for step in tl.range(0, full, BLOCK, num_stages=1):
+        _attend_backward(data, groups, upstream, grads, history, first_row + step, every, head, SPEC, True)
+    for step in tl.range(full, length, TAIL, num_stages=1):
+        valid = tl.arange(0, TAIL) < length - step
+        _attend_backward(data, groups, upstream, grads, history, first_row + step, valid, head, SPEC, False)
+
+
+def backward(call: Any, upstream: Upstream) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Gradients of query, of each token's key, value and bias, of a `recattn.composite.target_attention.Call`."""
+    data, batch, count = data_of(call), call.offsets.numel() - 1, call.query.shape[0]
+    precision, dim, mean = _shape(call)
+    launch = settings.candidates_backward(precision, dim, mean)
+    splits = launch.splits(batch * call.heads, int(mean), call.keys.device)
+    query = data.query.new_zeros(count, data.query.shape[1], dtype=torch.float32)
+    shape, dtype = ((splits, call.total), torch.float32) if splits > 1 else ((call.total,), call.keys.dtype)
+    new = data.key.new_empty if batch and call.total else data.key.new_zeros
+    keys = new(*shape, data.query.shape[1], dtype=dtype)
+    values = new(*shape, call.values.shape[1], dtype=dtype)
+    bias = None if call.bias is None else new(*shape, call.heads, dtype=torch.float32)
+    if batch and call.total:
+        spec = spec_of(call, data, launch, 1, columns=launch.candidates)
+        groups = Groups(call.query_offsets.contiguous(), call.query_offsets)
+        grads = (query, keys, values, query if bias is None else bias)
+        _backward_kernel[(batch, call.heads, splits)](
+            data, groups, upstream, *grads, SPEC=spec, num_warps=launch.num_warps
+        )
+    if splits > 1:
+        keys, values = keys.sum(0), values.sum(0)
+        bias = None if bias is None else bias.sum(0)
+    return query, keys, values, bias

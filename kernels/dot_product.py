@@ -28,6 +28,7 @@ class Data(NamedTuple):
     rows: Tensor  # [T]
     bias: Tensor  # [T, 1] or [T, H]
     batch: int
+    total: int  # T
     query_stride: int
     scale: float
 
@@ -118,6 +119,20 @@ def store_tile(
 
 
 @triton.jit
+def zero_slack(pointer, base, WIDTH: tl.constexpr, data):
+    """Zeroes this program's share of the slack, counted along the first axis, in `[T, WIDTH]` that begins at row `base`."""
+    PIECE: tl.constexpr = 512
+    place = tl.arange(0, PIECE)
+    begin = tl.load(data.offsets + data.batch).to(tl.int64)
+    count = (data.total - begin) * WIDTH
+    pointer += (base + begin) * WIDTH
+    step = tl.program_id(0).to(tl.int64) * PIECE
+    while step < count:
+        tl.store(pointer + step + place, tl.zeros([PIECE], pointer.dtype.element_ty), mask=step + place < count)
+        step += tl.num_programs(0).to(tl.int64) * PIECE
+
+
+@triton.jit
 def load_keys_values(data, start, valid, group, SPEC: tl.constexpr, FULL: tl.constexpr):
     """The keys and values of the tokens from `start` on, an int64, of one group of heads."""
     KS: tl.constexpr = get(SPEC, "key_stride")
@@ -161,6 +176,16 @@ def accumulate(rows, weights, acc, PRECISION: tl.constexpr):
     return out
 
 
+@triton.jit
+def outer(weights, rows, PRECISION: tl.constexpr):
+    """`weights rows`, slabs `[m, size]`, of weights `[m, n]` and slabs `[n, size]`."""
+    out = ()
+    for i in tl.static_range(len(rows)):
+        zero = tl.zeros([weights.shape[0], rows[i].shape[1]], tl.float32)
+        out = out + (dot(weights.to(rows[i].dtype), rows[i], zero, PRECISION),)
+    return out
+
+
 # ------------------------------------------------------------------------------------------------ attention
 
 
@@ -195,6 +220,15 @@ def attention(s, valid, log_mass, SPEC: tl.constexpr, MASKED: tl.constexpr):
         if MASKED:
             s = tl.where(valid, s, 0.0)
         return s
+
+
+@triton.jit
+def bias_factor(scale, SPEC: tl.constexpr):
+    """What dL/ds is multiplied with at once: the scale, unless the bias needs it without."""
+    if get(SPEC, "bias_heads"):
+        return 1.0
+    else:
+        return scale
 
 
 @triton.jit
@@ -240,7 +274,7 @@ def data_of(call: Any) -> Data:
     )
     rows = call.offsets if call.rows is None else call.rows.contiguous()
     bias = query if call.bias is None else call.bias.contiguous()
-    return Data(query, keys, values, call.offsets.contiguous(), rows, bias, call.offsets.numel() - 1, query.stride(0), call.scale)
+    return Data(query, keys, values, call.offsets.contiguous(), rows, bias, call.offsets.numel() - 1, call.total, query.stride(0), call.scale)
 
 
 def spec_of(call: Any, data: Data, launch: settings.Tiles, heads: int, **fields: Any) -> Spec:

@@ -155,3 +155,62 @@ QUERY_BACKWARD_WIDEST = 128
 
 def query_backward(precision: str, width: int) -> Tiles:
     return QUERY_BACKWARD["narrow" if width <= QUERY_BACKWARD_NARROW else "broad", precision]
+
+
+class Pairs(NamedTuple):
+    candidates: int  # per block
+    block: int  # tokens per tile
+    tail: int
+    num_warps: int
+    num_stages: int
+    dim_slab: int
+    share: int  # fewest tokens, or candidates, worth a program of their own
+
+    def splits(self, programs: int, length: int, device: torch.device) -> int:
+        """How many programs share what is `length` long on average, where there are `programs` without."""
+        wanted = 4 << 10
+        if device.type == "cuda":
+            wanted = 4 * torch.cuda.get_device_properties(device).multi_processor_count
+        return max(1, min(wanted // max(programs, 1), length // self.share, MOST_SPLITS))
+
+
+MOST_SPLITS = 32
+
+# Candidates that share a history, by how many they are, the width of a head, and precision.
+CANDIDATES_FORWARD = {
+    ("many", "narrow", "half"): Pairs(64, 64, 16, 4, 2, 64, 1024),
+    ("many", "broad", "half"): Pairs(64, 32, 16, 2, 2, 128, 1024),
+    ("many", "narrow", "tf32"): Pairs(64, 32, 16, 2, 2, 64, 1024),
+    ("many", "broad", "tf32"): Pairs(64, 32, 16, 4, 2, 128, 1024),
+    ("many", "narrow", "ieee"): Pairs(64, 32, 16, 4, 1, 64, 1024),
+    ("many", "broad", "ieee"): Pairs(32, 32, 16, 4, 1, 64, 1024),
+    ("few", "narrow", "half"): Pairs(16, 32, 16, 1, 2, 64, 512),
+    ("few", "broad", "half"): Pairs(16, 32, 16, 1, 2, 128, 512),
+    ("few", "narrow", "tf32"): Pairs(16, 32, 16, 1, 2, 64, 512),
+    ("few", "broad", "tf32"): Pairs(16, 16, 16, 1, 2, 128, 512),
+    ("few", "narrow", "ieee"): Pairs(16, 32, 16, 1, 1, 64, 512),
+    ("few", "broad", "ieee"): Pairs(16, 16, 16, 1, 1, 64, 512),
+}
+CANDIDATES_BACKWARD = {
+    ("many", "narrow", "half"): Pairs(64, 64, 16, 4, 1, 64, 128),
+    ("many", "broad", "half"): Pairs(64, 32, 16, 4, 1, 128, 128),
+    ("many", "narrow", "tf32"): Pairs(32, 32, 16, 4, 1, 64, 128),
+    ("many", "broad", "tf32"): Pairs(32, 32, 16, 4, 1, 128, 128),
+    ("many", "narrow", "ieee"): Pairs(32, 32, 16, 4, 1, 64, 128),
+    ("many", "broad", "ieee"): Pairs(16, 32, 16, 4, 1, 64, 128),
+    ("few", "narrow", "half"): Pairs(16, 32, 16, 1, 1, 64, 32),
+    ("few", "broad", "half"): Pairs(16, 32, 16, 1, 1, 128, 32),
+    ("few", "narrow", "tf32"): Pairs(16, 32, 16, 1, 1, 64, 32),
+    ("few", "broad", "tf32"): Pairs(16, 16, 16, 1, 1, 128, 32),
+    ("few", "narrow", "ieee"): Pairs(16, 16, 16, 1, 1, 64, 32),
+    ("few", "broad", "ieee"): Pairs(16, 16, 16, 1, 1, 64, 32),
+}
+MANY = 24
+
+
+def candidates_forward(precision: str, dim: int, mean: float) -> Pairs:
+    return CANDIDATES_FORWARD["many" if mean >= MANY else "few", "narrow" if dim <= 64 else "broad", precision]
+
+
+def candidates_backward(precision: str, dim: int, mean: float) -> Pairs:
+    return CANDIDATES_BACKWARD["many" if mean >= MANY else "few", "narrow" if dim <= 64 else "broad", precision]

@@ -17,17 +17,20 @@ from .dot_product import (
     add_rows,
     attention,
     attention_backward,
+    bias_factor,
     data_of,
     heads_together,
     key_width,
     load_keys_values,
+    outer,
     products,
     spec_of,
     store_tile,
     transposed,
     value_width,
+    zero_slack,
 )
-from .primitives import LOG2_E, dot
+from .primitives import LOG2_E
 from .schedule import find_sequence, rows_per_program
 from .target_attention import (
     column_owners,
@@ -38,16 +41,6 @@ from .target_attention import (
     store_columns,
     zero_columns,
 )
-
-
-@triton.jit
-def outer(weights, rows, PRECISION: tl.constexpr):
-    """`weights rows`, slabs `[tokens, size]`, of weights `[tokens, columns]` and slabs `[columns, size]`."""
-    out = ()
-    for i in tl.static_range(len(rows)):
-        zero = tl.zeros([weights.shape[0], rows[i].shape[1]], tl.float32)
-        out = out + (dot(weights.to(rows[i].dtype), rows[i], zero, PRECISION),)
-    return out
 
 
 @triton.jit
@@ -65,7 +58,7 @@ def _attend_backward(
     s = column_scores(data, k, transposed(q), start, valid, head, group, SPEC, FULL)
     a = attention(s, met, log_mass[None, :], SPEC, not FULL)  # [tokens, columns]
     grad = products(v, transposed(g), tl.zeros(a.shape, tl.float32), PRECISION)
-    grad = attention_backward(grad, a, met, data.scale, delta[None, :], SPEC, not FULL)
+    grad = attention_backward(grad, a, met, bias_factor(data.scale, SPEC), delta[None, :], SPEC, not FULL)
     token = tl.arange(0, valid.shape[0])
     if get(SPEC, "bias_heads"):
         # A token has one column to a head that is not zero.
@@ -73,7 +66,8 @@ def _attend_backward(
         place = place + token[:, None] * HEADS + head[None, :]
         column = tl.arange(0, get(SPEC, "columns"))
         alive = column < get(SPEC, "together") * get(SPEC, "heads_together")
-        tl.store(place, grad / data.scale, mask=met & alive[None, :])
+        tl.store(place, grad, mask=met & alive[None, :])
+        grad *= data.scale
     acc = accumulate(k, grad.to(k[0].dtype), acc, PRECISION)
     KEYS: tl.constexpr = key_width(SPEC)
     VALUES: tl.constexpr = value_width(SPEC)
@@ -100,6 +94,11 @@ def _backward_kernel(data, upstream, grad_query, grad_key, grad_value, grad_bias
     program = tl.program_id(0)
     group = tl.program_id(1)
     grads = (grad_key, grad_value, grad_bias)
+    if group == 0:
+        zero_slack(grad_key, 0, HEADS * DIM, data)
+        zero_slack(grad_value, 0, HEADS * VALUE_DIM, data)
+        if get(SPEC, "bias_heads"):
+            zero_slack(grad_bias, 0, HEADS, data)
     total = tl.load(data.offsets + data.batch)
     share = rows_per_program(total, tl.num_programs(0), get(SPEC, "least_rows"))
     begin = tl.minimum(program.to(tl.int64) * share, total).to(total.dtype)
@@ -125,7 +124,7 @@ def _backward_kernel(data, upstream, grad_query, grad_key, grad_value, grad_bias
             load_columns(data.query, data.query_stride, owners, group, DIM, SPEC),
             load_columns(upstream.grad_out, HEADS * VALUE_DIM, owners, group, VALUE_DIM, SPEC),
             log_mass,
-            tl.load(upstream.delta + place, mask=live, other=0.0) * data.scale,
+            tl.load(upstream.delta + place, mask=live, other=0.0) * bias_factor(data.scale, SPEC),
         )
         acc = zero_columns(key_width(SPEC), SPEC)
         length = (stop - begin).to(tl.int32)
@@ -176,9 +175,9 @@ def _backward(call: Any, upstream: Upstream) -> tuple[Tensor, Tensor, Tensor, Te
         call, data, launch, heads, least_rows=launch.least_rows, columns=16, together=16 // heads if short else 1
     )
     query = data.query.new_zeros(batch + 2 * programs, data.query.shape[1], dtype=torch.float32)
-    keys = data.key.new_zeros(total, call.keys.shape[1])
-    values = data.value.new_zeros(total, call.values.shape[1])
-    bias = None if call.bias is None else query.new_zeros(total, call.heads)
+    new = data.key.new_empty if batch and total else data.key.new_zeros
+    keys, values = new(total, call.keys.shape[1]), new(total, call.values.shape[1])
+    bias = None if call.bias is None else new(total, call.heads, dtype=torch.float32)
     if batch and total:
         _backward_kernel[(programs, call.heads // heads)](
             data, upstream, query, keys, values, query if bias is None else bias, SPEC=spec, num_warps=launch.num_warps
