@@ -34,7 +34,7 @@ from .dot_product import (
     spec_of,
     store_tile,
     transposed,
-    zero_slack,
+    zero_flat,
 )
 from .primitives import LN_2, LOG2_E, dot, exp2, scale, zero_rows
 from .schedule import find_sequence
@@ -187,104 +187,132 @@ def _blocks(call: Any, size: int) -> tuple[Groups, int]:
 
 
 @triton.jit
-def _meet(data, upstream, grad_query, k, v, bias, valid, candidate, rest, head, acc, SPEC: tl.constexpr, FULL: tl.constexpr):
-    """A tile of keys meets a block of candidates: adds to the keys' gradients in `acc`, to the candidates' in memory."""
+def load_candidates(data, upstream, candidate, rest, head, SPEC: tl.constexpr):
+    """Queries, dL/dout, log2-sum-exp2 and delta of a block; zeros that add nothing where there are fewer."""
     ROWS: tl.constexpr = get(SPEC, "columns")
-    PRECISION: tl.constexpr = get(SPEC, "precision")
     HEADS: tl.constexpr = get(SPEC, "heads")
     DIM: tl.constexpr = get(SPEC, "dim")
     VALUE_DIM: tl.constexpr = get(SPEC, "value_dim")
     SLAB: tl.constexpr = get(SPEC, "dim_slab")
-    grad_key, grad_value, grad_bias = acc
     row = tl.arange(0, ROWS)
     alive = row < rest
     query = data.query + candidate * data.query_stride + head * DIM
-    q = load_tile(query, row, alive, data.query_stride, DIM, SLAB, False)
-    g = upstream.grad_out + candidate * (HEADS * VALUE_DIM) + head * VALUE_DIM
-    g = load_tile(g, row, alive, HEADS * VALUE_DIM, VALUE_DIM, SLAB, False)
+    grad_out = upstream.grad_out + candidate * (HEADS * VALUE_DIM) + head * VALUE_DIM
     place = candidate * HEADS + head
     log_mass = tl.load(upstream.lse + place + row * HEADS, mask=alive, other=float("inf")) * LOG2_E
-    # Where nothing is seen it is -inf, and so are all scores: their difference would be NaN.
-    log_mass = tl.where(log_mass == float("-inf"), 0.0, log_mass)
     delta = tl.load(upstream.delta + place + row * HEADS, mask=alive, other=0.0)
-    zero = tl.zeros([valid.shape[0], ROWS], tl.float32)
-    s = finish_scores(products(k, transposed(q), zero, PRECISION), data.scale, bias[:, None], SPEC)
-    a = attention(s, valid[:, None], log_mass[None, :], SPEC, not FULL)  # [tokens, candidates]
-    grad = products(v, transposed(g), zero, PRECISION)
-    factor = bias_factor(data.scale, SPEC)
-    grad = attention_backward(grad, a, valid[:, None], factor, delta[None, :] * factor, SPEC, not FULL)
-    grad_value = weigh(a, g, grad_value, PRECISION)
-    if get(SPEC, "bias_heads"):
-        grad_bias += tl.sum(grad, 1)
-        grad *= data.scale
-    grad = grad.to(q[0].dtype)
-    grad_key = weigh(grad, q, grad_key, PRECISION)
-    place = grad_query + candidate * (HEADS * DIM) + head * DIM
-    before = load_tile(place, row, alive, HEADS * DIM, DIM, SLAB, False)
-    store_tile(place, weigh(tl.trans(grad), k, before, PRECISION), row, alive, HEADS * DIM, DIM, SLAB, False)
-    return grad_key, grad_value, grad_bias
+    return (
+        load_tile(query, row, alive, data.query_stride, DIM, SLAB, False),
+        load_tile(grad_out, row, alive, HEADS * VALUE_DIM, VALUE_DIM, SLAB, False),
+        # Where nothing is seen it is -inf, and so are all scores: their difference would be NaN.
+        tl.where(log_mass == float("-inf"), 0.0, log_mass)[None, :],
+        (delta * bias_factor(data.scale, SPEC))[None, :],
+    )
+
+
+@triton.jit
+def write(out, part, slabs, start, valid, head, first, last, DIM: tl.constexpr, SPEC: tl.constexpr, FULL: tl.constexpr):
+    """A block's share of the gradients of a tile of tokens: the last adds what those before have left in `part`."""
+    WIDTH: tl.constexpr = get(SPEC, "heads") * DIM
+    SLAB: tl.constexpr = get(SPEC, "dim_slab")
+    row = tl.arange(0, valid.shape[0])
+    place = start * WIDTH + head * DIM
+    if first == 0:
+        slabs = added(slabs, load_tile(part + place, row, valid, WIDTH, DIM, SLAB, FULL))
+    if last:
+        store_tile(out + place, slabs, row, valid, WIDTH, DIM, SLAB, FULL)
+    else:
+        store_tile(part + place, slabs, row, valid, WIDTH, DIM, SLAB, FULL)
+
+
+@triton.jit
+def added(left, right):
+    out = ()
+    for i in tl.static_range(len(left)):
+        out = out + (left[i] + right[i],)
+    return out
 
 
 @triton.jit
 def _attend_backward(
-    data, groups, upstream, grads, history, start, valid, head, SPEC: tl.constexpr, FULL: tl.constexpr
+    data, block, grads, start, valid, head, first, last, acc, SPEC: tl.constexpr, FULL: tl.constexpr
 ):
-    """Writes the gradients of the tokens from `start` on, and adds to those of this program's candidates."""
+    """Adds a block's share to the gradients of the tokens from `start` on; returns the block's own, `acc`, with theirs."""
+    PRECISION: tl.constexpr = get(SPEC, "precision")
+    HEADS: tl.constexpr = get(SPEC, "heads")
+    q, g, log_mass, delta = block
+    grad_key, grad_value, part_key, part_value, grad_bias = grads
+    k, v = load_keys_values(data, start, valid, head, SPEC, FULL)
+    bias = load_bias(data, start, valid, head, SPEC, FULL)[:, None]
+    zero = tl.zeros([valid.shape[0], get(SPEC, "columns")], tl.float32)
+    s = finish_scores(products(k, transposed(q), zero, PRECISION), data.scale, bias, SPEC)
+    a = attention(s, valid[:, None], log_mass, SPEC, not FULL)  # [tokens, candidates]
+    grad = products(v, transposed(g), zero, PRECISION)
+    grad = attention_backward(grad, a, valid[:, None], bias_factor(data.scale, SPEC), delta, SPEC, not FULL)
+    start += tl.program_id(2).to(tl.int64) * data.total
+    write(
+        grad_value, part_value, outer(a, g, PRECISION), start, valid, head, first, last, get(SPEC, "value_dim"), SPEC, FULL
+    )
+    if get(SPEC, "bias_heads"):
+        place = grad_bias + (start + tl.arange(0, valid.shape[0])) * HEADS + head
+        tl.store(place, tl.sum(grad, 1) + tl.load(place, mask=valid & (first == 0), other=0.0), mask=valid)
+        grad *= data.scale
+    grad = grad.to(q[0].dtype)
+    write(grad_key, part_key, outer(grad, q, PRECISION), start, valid, head, first, last, get(SPEC, "dim"), SPEC, FULL)
+    return weigh(tl.trans(grad), k, acc, PRECISION)
+
+
+@triton.jit
+def _backward_kernel(data, groups, upstream, grad_query, grads, SPEC: tl.constexpr):
+    """The third axis of programs shares the candidates of a history: each writes one of `grad_key [splits, T, H·d]`."""
     ROWS: tl.constexpr = get(SPEC, "columns")
+    BLOCK: tl.constexpr = get(SPEC, "block")
+    TAIL: tl.constexpr = get(SPEC, "tail")
     HEADS: tl.constexpr = get(SPEC, "heads")
     DIM: tl.constexpr = get(SPEC, "dim")
     VALUE_DIM: tl.constexpr = get(SPEC, "value_dim")
     SLAB: tl.constexpr = get(SPEC, "dim_slab")
-    grad_query, grad_key, grad_value, grad_bias = grads
-    split = tl.program_id(2)
-    k, v = load_keys_values(data, start, valid, head, SPEC, FULL)
-    bias = load_bias(data, start, valid, head, SPEC, FULL)
-    TOKENS: tl.constexpr = valid.shape[0]
-    acc = (zero_rows(TOKENS, DIM, SLAB), zero_rows(TOKENS, VALUE_DIM, SLAB), tl.zeros([TOKENS], tl.float32))
-    origin = tl.load(groups.queries + history)
-    count = (tl.load(groups.queries + history + 1) - origin).to(tl.int32)
-    origin = origin.to(tl.int64)
-    for step in tl.range(split * ROWS, count, tl.num_programs(2) * ROWS, num_stages=get(SPEC, "stages")):
-        acc = _meet(
-            data, upstream, grad_query, k, v, bias, valid, origin + step, count - step, head, acc, SPEC, FULL
-        )
-    # What was added to candidates is read again with the next tile of keys, maybe by other threads.
-    tl.debug_barrier()
-    row = tl.arange(0, TOKENS)
-    start += split.to(tl.int64) * data.total
-    place = grad_key + start * (HEADS * DIM) + head * DIM
-    store_tile(place, acc[0], row, valid, HEADS * DIM, DIM, SLAB, FULL)
-    place = grad_value + start * (HEADS * VALUE_DIM) + head * VALUE_DIM
-    store_tile(place, acc[1], row, valid, HEADS * VALUE_DIM, VALUE_DIM, SLAB, FULL)
-    if get(SPEC, "bias_heads"):
-        tl.store(grad_bias + start * HEADS + row * HEADS + head, acc[2], mask=valid)
-
-
-@triton.jit
-def _backward_kernel(data, groups, upstream, grad_query, grad_key, grad_value, grad_bias, SPEC: tl.constexpr):
-    """The third axis of programs shares the candidates of a history: each writes one of `grad_key [splits, T, H·d]`."""
-    BLOCK: tl.constexpr = get(SPEC, "block")
-    TAIL: tl.constexpr = get(SPEC, "tail")
-    HEADS: tl.constexpr = get(SPEC, "heads")
     history = tl.program_id(0)
     head = tl.program_id(1)
     split = tl.program_id(2)
+    base = split.to(tl.int64) * data.total
     if head == 0:
-        slack = split.to(tl.int64) * data.total
-        zero_slack(grad_key, slack, HEADS * get(SPEC, "dim"), data)
-        zero_slack(grad_value, slack, HEADS * get(SPEC, "value_dim"), data)
-        if get(SPEC, "bias_heads"):
-            zero_slack(grad_bias, slack, HEADS, data)
-    grads = (grad_query, grad_key, grad_value, grad_bias)
+        begin = tl.load(data.offsets + data.batch).to(tl.int64)
+        zero_rows_of(grads, base + begin, data.total - begin, history, tl.num_programs(0), SPEC)
     first_row = tl.load(data.offsets + history).to(tl.int64)
     length = (tl.load(data.offsets + history + 1) - first_row).to(tl.int32)
+    candidate = tl.load(groups.queries + history)
+    count = (tl.load(groups.queries + history + 1) - candidate).to(tl.int32)
+    candidate = candidate.to(tl.int64)
+    stride = tl.num_programs(2) * ROWS
+    if (split * ROWS >= count) & (head == 0):
+        zero_rows_of(grads, base + first_row, length, split * 0, 1, SPEC)
     full = length // BLOCK * BLOCK
     every = tl.full([BLOCK], 1, tl.int1)
-    for step in tl.range(0, full, BLOCK, num_stages=1):
-        _attend_backward(data, groups, upstream, grads, history, first_row + step, every, head, SPEC, True)
-    for step in tl.range(full, length, TAIL, num_stages=1):
-        valid = tl.arange(0, TAIL) < length - step
-        _attend_backward(data, groups, upstream, grads, history, first_row + step, valid, head, SPEC, False)
+    for done in tl.range(split * ROWS, count, stride, num_stages=1):
+        block = load_candidates(data, upstream, candidate + done, count - done, head, SPEC)
+        first = done == split * ROWS
+        last = done + stride >= count
+        acc = zero_rows(ROWS, DIM, SLAB)
+        for step in tl.range(0, full, BLOCK, num_stages=get(SPEC, "stages")):
+            acc = _attend_backward(data, block, grads, first_row + step, every, head, first, last, acc, SPEC, True)
+        for step in tl.range(full, length, TAIL, num_stages=1):
+            valid = tl.arange(0, TAIL) < length - step
+            acc = _attend_backward(data, block, grads, first_row + step, valid, head, first, last, acc, SPEC, False)
+        row = tl.arange(0, ROWS)
+        place = grad_query + (candidate + done) * (HEADS * DIM) + head * DIM
+        store_tile(place, acc, row, row < count - done, HEADS * DIM, DIM, SLAB, False)
+        # What was left in memory for the next block is read by other threads, maybe.
+        tl.debug_barrier()
+
+
+@triton.jit
+def zero_rows_of(grads, begin, count, program, programs, SPEC: tl.constexpr):
+    """Zeroes a program's share of some rows of the gradients of keys, values and bias."""
+    zero_flat(grads[0], begin, count, get(SPEC, "heads") * get(SPEC, "dim"), program, programs)
+    zero_flat(grads[1], begin, count, get(SPEC, "heads") * get(SPEC, "value_dim"), program, programs)
+    if get(SPEC, "bias_heads"):
+        zero_flat(grads[4], begin, count, get(SPEC, "heads"), program, programs)
 
 
 def backward(call: Any, upstream: Upstream) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
@@ -293,18 +321,22 @@ def backward(call: Any, upstream: Upstream) -> tuple[Tensor, Tensor, Tensor, Ten
     precision, dim, mean = _shape(call)
     launch = settings.candidates_backward(precision, dim, mean)
     splits = launch.splits(batch * call.heads, int(mean), call.keys.device)
-    query = data.query.new_zeros(count, data.query.shape[1], dtype=torch.float32)
+    query = data.query.new_zeros(count, data.query.shape[1])
     shape, dtype = ((splits, call.total), torch.float32) if splits > 1 else ((call.total,), call.keys.dtype)
     new = data.key.new_empty if batch and call.total else data.key.new_zeros
     keys = new(*shape, data.query.shape[1], dtype=dtype)
     values = new(*shape, call.values.shape[1], dtype=dtype)
     bias = None if call.bias is None else new(*shape, call.heads, dtype=torch.float32)
+    # Where several blocks share a history, they add to what the ones before have left.
+    parts = [keys, values]
+    if dtype != torch.float32 and count > launch.candidates:
+        parts = [x.new_empty(x.shape, dtype=torch.float32) for x in parts]
     if batch and call.total:
         spec = spec_of(call, data, launch, 1, columns=launch.candidates)
         groups = Groups(call.query_offsets.contiguous(), call.query_offsets)
-        grads = (query, keys, values, query if bias is None else bias)
+        grads = (keys, values, *parts, keys if bias is None else bias)
         _backward_kernel[(batch, call.heads, splits)](
-            data, groups, upstream, *grads, SPEC=spec, num_warps=launch.num_warps
+            data, groups, upstream, query, grads, SPEC=spec, num_warps=launch.num_warps
         )
     if splits > 1:
         keys, values = keys.sum(0), values.sum(0)

@@ -119,17 +119,16 @@ def store_tile(
 
 
 @triton.jit
-def zero_slack(pointer, base, WIDTH: tl.constexpr, data):
-    """Zeroes this program's share of the slack, counted along the first axis, in `[T, WIDTH]` that begins at row `base`."""
+def zero_flat(pointer, begin, count, WIDTH: tl.constexpr, program, programs):
+    """Zeroes a program's share of `count` rows from `begin` on, of a contiguous `[*, WIDTH]`."""
     PIECE: tl.constexpr = 512
     place = tl.arange(0, PIECE)
-    begin = tl.load(data.offsets + data.batch).to(tl.int64)
-    count = (data.total - begin) * WIDTH
-    pointer += (base + begin) * WIDTH
-    step = tl.program_id(0).to(tl.int64) * PIECE
-    while step < count:
-        tl.store(pointer + step + place, tl.zeros([PIECE], pointer.dtype.element_ty), mask=step + place < count)
-        step += tl.num_programs(0).to(tl.int64) * PIECE
+    pointer += begin * WIDTH
+    size = count.to(tl.int64) * WIDTH
+    step = program.to(tl.int64) * PIECE
+    while step < size:
+        tl.store(pointer + step + place, tl.zeros([PIECE], pointer.dtype.element_ty), mask=step + place < size)
+        step += tl.cast(programs, tl.int64) * PIECE
 
 
 @triton.jit

@@ -28,7 +28,7 @@ from .dot_product import (
     store_tile,
     transposed,
     value_width,
-    zero_slack,
+    zero_flat,
 )
 from .primitives import LOG2_E
 from .schedule import find_sequence, rows_per_program
@@ -94,12 +94,13 @@ def _backward_kernel(data, upstream, grad_query, grad_key, grad_value, grad_bias
     program = tl.program_id(0)
     group = tl.program_id(1)
     grads = (grad_key, grad_value, grad_bias)
-    if group == 0:
-        zero_slack(grad_key, 0, HEADS * DIM, data)
-        zero_slack(grad_value, 0, HEADS * VALUE_DIM, data)
-        if get(SPEC, "bias_heads"):
-            zero_slack(grad_bias, 0, HEADS, data)
     total = tl.load(data.offsets + data.batch)
+    if group == 0:  # slack takes no gradient
+        slack = data.total - total
+        zero_flat(grad_key, total.to(tl.int64), slack, HEADS * DIM, program, tl.num_programs(0))
+        zero_flat(grad_value, total.to(tl.int64), slack, HEADS * VALUE_DIM, program, tl.num_programs(0))
+        if get(SPEC, "bias_heads"):
+            zero_flat(grad_bias, total.to(tl.int64), slack, HEADS, program, tl.num_programs(0))
     share = rows_per_program(total, tl.num_programs(0), get(SPEC, "least_rows"))
     begin = tl.minimum(program.to(tl.int64) * share, total).to(total.dtype)
     end = tl.minimum(begin + share, total)
