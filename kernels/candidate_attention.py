@@ -83,11 +83,16 @@ def _attend(data, start, valid, q, head, state, SPEC: tl.constexpr, FULL: tl.con
     if get(SPEC, "normalize") == "softmax":
         if not FULL:
             s = tl.where(valid[None, :], s, float("-inf"))
-        top = tl.maximum(peak, tl.max(s, 1))
-        factor = exp2(peak - top, get(SPEC, "approx"))
-        p = exp2(s - top[:, None], get(SPEC, "approx"))
-        mass = mass * factor + tl.sum(p, 1)
-        return top, mass, weigh(p, v, scale(acc, factor[:, None]), PRECISION)
+        top = tl.max(s, 1)
+        # Rescaling waits until a maximum has grown 2^8 times: as exact, and rare.
+        if tl.max(top - peak, 0) > 8:
+            higher = tl.maximum(peak, top)
+            factor = exp2(peak - higher, get(SPEC, "approx"))
+            peak = higher
+            mass *= factor
+            acc = scale(acc, factor[:, None])
+        p = exp2(s - peak[:, None], get(SPEC, "approx"))
+        return peak, mass + tl.sum(p, 1), weigh(p, v, acc, PRECISION)
     else:
         p = attention(s, valid[None, :], 0.0, SPEC, not FULL)
         return peak, mass, weigh(p, v, acc, PRECISION)

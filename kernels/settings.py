@@ -192,8 +192,8 @@ CANDIDATES_FORWARD = {
     ("few", "broad", "ieee"): Pairs(16, 16, 16, 1, 1, 64, 512),
 }
 CANDIDATES_BACKWARD = {
-    ("many", "narrow", "half"): Pairs(64, 64, 16, 4, 1, 64, 128),
-    ("many", "broad", "half"): Pairs(64, 32, 16, 4, 1, 128, 128),
+    ("many", "narrow", "half"): Pairs(64, 64, 64, 4, 1, 64, 128),
+    ("many", "broad", "half"): Pairs(64, 32, 32, 4, 1, 128, 128),
     ("many", "narrow", "tf32"): Pairs(32, 32, 16, 4, 1, 64, 128),
     ("many", "broad", "tf32"): Pairs(32, 32, 16, 4, 1, 128, 128),
     ("many", "narrow", "ieee"): Pairs(32, 32, 16, 4, 1, 64, 128),
