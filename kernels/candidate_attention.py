@@ -144,7 +144,9 @@ def _forward_kernel(data, groups, out, lse, count, SPEC: tl.constexpr):
         some = mass > 0  # unless there is no key, or a bias of -inf hides all
         mass = tl.where(some, mass, 1.0)
         place = lse + candidate * HEADS + head
-        tl.store(place + row * HEADS, tl.where(some, (peak + tl.log2(mass)) * LN_2, float("-inf")), mask=alive)
+        tl.store(
+            place + row * HEADS, tl.where(some, (peak + tl.log2(mass)) * LN_2, float("-inf")), mask=alive
+        )
         acc = scale(acc, (1 / mass)[:, None])
     place = out + candidate * (HEADS * VALUE_DIM) + head * VALUE_DIM
     store_tile(place, acc, row, alive, HEADS * VALUE_DIM, VALUE_DIM, SLAB, False)
@@ -161,7 +163,9 @@ def forward(call: Any) -> tuple[Tensor, Tensor]:
     lse = out.new_full((*shape, call.heads), -torch.inf)
     if batch and count and call.total:
         spec = spec_of(call, data, launch, 1, columns=launch.candidates)
-        _forward_kernel[(most, call.heads, splits)](data, blocks, out, lse, count, SPEC=spec, num_warps=launch.num_warps)
+        _forward_kernel[(most, call.heads, splits)](
+            data, blocks, out, lse, count, SPEC=spec, num_warps=launch.num_warps
+        )
     return _joined(out, lse, call) if splits > 1 else (out, lse)
 
 
@@ -184,8 +188,15 @@ def _blocks(call: Any, size: int) -> tuple[Groups, int]:
     """Blocks of `size` candidates, and how many there can be."""
     queries = call.query_offsets.contiguous()
     blocks = torch.zeros_like(queries)
-    torch.cumsum((queries.diff() + (size - 1)).div_(size, rounding_mode="floor"), 0, dtype=queries.dtype, out=blocks[1:])
-    return Groups(queries, blocks), call.query.shape[0] // size + min(call.query.shape[0], queries.numel() - 1)
+    torch.cumsum(
+        (queries.diff() + (size - 1)).div_(size, rounding_mode="floor"),
+        0,
+        dtype=queries.dtype,
+        out=blocks[1:],
+    )
+    return Groups(queries, blocks), call.query.shape[0] // size + min(
+        call.query.shape[0], queries.numel() - 1
+    )
 
 
 # ------------------------------------------------------------------------------------------------ backward
@@ -216,7 +227,19 @@ def load_candidates(data, upstream, candidate, rest, head, SPEC: tl.constexpr):
 
 
 @triton.jit
-def write(out, part, slabs, start, valid, head, first, last, DIM: tl.constexpr, SPEC: tl.constexpr, FULL: tl.constexpr):
+def write(
+    out,
+    part,
+    slabs,
+    start,
+    valid,
+    head,
+    first,
+    last,
+    DIM: tl.constexpr,
+    SPEC: tl.constexpr,
+    FULL: tl.constexpr,
+):
     """A block's share of the gradients of a tile of tokens: the last adds what those before have left in `part`."""
     WIDTH: tl.constexpr = get(SPEC, "heads") * DIM
     SLAB: tl.constexpr = get(SPEC, "dim_slab")
@@ -256,14 +279,36 @@ def _attend_backward(
     grad = attention_backward(grad, a, valid[:, None], bias_factor(data.scale, SPEC), delta, SPEC, not FULL)
     start += tl.program_id(2).to(tl.int64) * data.total
     write(
-        grad_value, part_value, outer(a, g, PRECISION), start, valid, head, first, last, get(SPEC, "value_dim"), SPEC, FULL
+        grad_value,
+        part_value,
+        outer(a, g, PRECISION),
+        start,
+        valid,
+        head,
+        first,
+        last,
+        get(SPEC, "value_dim"),
+        SPEC,
+        FULL,
     )
     if get(SPEC, "bias_heads"):
         place = grad_bias + (start + tl.arange(0, valid.shape[0])) * HEADS + head
         tl.store(place, tl.sum(grad, 1) + tl.load(place, mask=valid & (first == 0), other=0.0), mask=valid)
         grad *= data.scale
     grad = grad.to(q[0].dtype)
-    write(grad_key, part_key, outer(grad, q, PRECISION), start, valid, head, first, last, get(SPEC, "dim"), SPEC, FULL)
+    write(
+        grad_key,
+        part_key,
+        outer(grad, q, PRECISION),
+        start,
+        valid,
+        head,
+        first,
+        last,
+        get(SPEC, "dim"),
+        SPEC,
+        FULL,
+    )
     return weigh(tl.trans(grad), k, acc, PRECISION)
 
 
@@ -300,10 +345,14 @@ def _backward_kernel(data, groups, upstream, grad_query, grads, SPEC: tl.constex
         last = done + stride >= count
         acc = zero_rows(ROWS, DIM, SLAB)
         for step in tl.range(0, full, BLOCK, num_stages=get(SPEC, "stages")):
-            acc = _attend_backward(data, block, grads, first_row + step, every, head, first, last, acc, SPEC, True)
+            acc = _attend_backward(
+                data, block, grads, first_row + step, every, head, first, last, acc, SPEC, True
+            )
         for step in tl.range(full, length, TAIL, num_stages=1):
             valid = tl.arange(0, TAIL) < length - step
-            acc = _attend_backward(data, block, grads, first_row + step, valid, head, first, last, acc, SPEC, False)
+            acc = _attend_backward(
+                data, block, grads, first_row + step, valid, head, first, last, acc, SPEC, False
+            )
         row = tl.arange(0, ROWS)
         place = grad_query + (candidate + done) * (HEADS * DIM) + head * DIM
         store_tile(place, acc, row, row < count - done, HEADS * DIM, DIM, SLAB, False)

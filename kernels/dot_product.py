@@ -85,7 +85,9 @@ def base_two(spec):
 
 
 @triton.jit
-def load_tile(pointer, row, valid, STRIDE: tl.constexpr, WIDTH: tl.constexpr, SLAB: tl.constexpr, FULL: tl.constexpr):
+def load_tile(
+    pointer, row, valid, STRIDE: tl.constexpr, WIDTH: tl.constexpr, SLAB: tl.constexpr, FULL: tl.constexpr
+):
     """Rows as slabs `[rows, size]`; zero where a row is not valid, which FULL says none is."""
     slabs = ()
     for i in tl.static_range(slab_count(WIDTH, SLAB)):
@@ -103,7 +105,14 @@ def load_tile(pointer, row, valid, STRIDE: tl.constexpr, WIDTH: tl.constexpr, SL
 
 @triton.jit
 def store_tile(
-    pointer, slabs, row, valid, STRIDE: tl.constexpr, WIDTH: tl.constexpr, SLAB: tl.constexpr, FULL: tl.constexpr
+    pointer,
+    slabs,
+    row,
+    valid,
+    STRIDE: tl.constexpr,
+    WIDTH: tl.constexpr,
+    SLAB: tl.constexpr,
+    FULL: tl.constexpr,
 ):
     """The inverse of load_tile."""
     for i in tl.static_range(slab_count(WIDTH, SLAB)):
@@ -127,7 +136,9 @@ def zero_flat(pointer, begin, count, WIDTH: tl.constexpr, program, programs):
     size = count.to(tl.int64) * WIDTH
     step = program.to(tl.int64) * PIECE
     while step < size:
-        tl.store(pointer + step + place, tl.zeros([PIECE], pointer.dtype.element_ty), mask=step + place < size)
+        tl.store(
+            pointer + step + place, tl.zeros([PIECE], pointer.dtype.element_ty), mask=step + place < size
+        )
         step += tl.cast(programs, tl.int64) * PIECE
 
 
@@ -262,7 +273,11 @@ def uncovered(call: Any) -> str | None:
 def heads_together(call: Any, widest: int, columns: int) -> int:
     """As many heads as divide all and fit side by side into `widest` columns of keys and `columns` of scores."""
     width = max(call.keys.shape[1], call.values.shape[1]) // call.heads
-    return max(n for n in range(1, call.heads + 1) if call.heads % n == 0 and (n == 1 or n * width <= widest and n <= columns))
+    return max(
+        n
+        for n in range(1, call.heads + 1)
+        if call.heads % n == 0 and (n == 1 or n * width <= widest and n <= columns)
+    )
 
 
 def data_of(call: Any) -> Data:
@@ -273,11 +288,26 @@ def data_of(call: Any) -> Data:
     )
     rows = call.offsets if call.rows is None else call.rows.contiguous()
     bias = query if call.bias is None else call.bias.contiguous()
-    return Data(query, keys, values, call.offsets.contiguous(), rows, bias, call.offsets.numel() - 1, call.total, query.stride(0), call.scale)
+    return Data(
+        query,
+        keys,
+        values,
+        call.offsets.contiguous(),
+        rows,
+        bias,
+        call.offsets.numel() - 1,
+        call.total,
+        query.stride(0),
+        call.scale,
+    )
 
 
 def spec_of(call: Any, data: Data, launch: settings.Tiles, heads: int, **fields: Any) -> Spec:
     precision = settings.precision(call.keys.dtype)
+    nvidia = torch.version.hip is None and not triton.knobs.runtime.interpret
+    products = "tf32"
+    if precision == "ieee":  # by parts in tf32 where there are any: as exact, and faster than plain FMAs
+        products = "tf32x3" if nvidia else "ieee"
     return Spec(
         dim=call.keys.shape[1] // call.heads,
         value_dim=call.values.shape[1] // call.heads,
@@ -288,8 +318,8 @@ def spec_of(call: Any, data: Data, launch: settings.Tiles, heads: int, **fields:
         indexed=call.rows is not None,
         bias_heads=0 if call.bias is None else call.bias.shape[1],
         normalize=call.normalize,
-        precision="ieee" if precision == "ieee" else "tf32",
-        approx=precision != "ieee" and torch.version.hip is None and not triton.knobs.runtime.interpret,
+        precision=products,
+        approx=precision != "ieee" and nvidia,
         block=launch.block,
         tail=launch.tail,
         dim_slab=launch.dim_slab,

@@ -124,37 +124,36 @@ class Tiles(NamedTuple):
 WIDEST_HEAD = 256
 SHORT = 48  # mean length below which histories share a tile
 
-# One query per history, by the width that a program takes and by precision.
+# One query per history, by the width that a program takes and by precision, in which "ieee" is by parts where it can be.
+# Wider tiles, or larger ones, would keep more than 255 words in a thread's registers.
+QUERY_NARROW = 64
 QUERY_FORWARD = {
-    ("narrow", "half"): Tiles(32, 16, 1, 2, 64, 256, 16),
-    ("narrow", "tf32"): Tiles(32, 16, 1, 2, 64, 256, 16),
-    ("narrow", "ieee"): Tiles(32, 16, 1, 2, 64, 256, 16),
-    ("broad", "half"): Tiles(16, 16, 1, 2, 64, 256, 16),
-    ("broad", "tf32"): Tiles(16, 16, 1, 2, 64, 256, 16),
-    ("broad", "ieee"): Tiles(16, 16, 1, 2, 64, 256, 16),
+    ("narrow", "half"): Tiles(32, 16, 1, 2, 64, 256, 12),
+    ("narrow", "tf32"): Tiles(32, 16, 1, 2, 64, 256, 12),
+    ("narrow", "ieee"): Tiles(32, 16, 1, 2, 64, 256, 12),
+    ("broad", "half"): Tiles(16, 16, 1, 2, 64, 256, 12),
+    ("broad", "tf32"): Tiles(16, 16, 1, 2, 64, 256, 12),
+    ("broad", "ieee"): Tiles(16, 16, 1, 2, 64, 256, 12),
 }
-QUERY_NARROW = 128
-QUERY_WIDEST = 256  # what heads fill side by side
+QUERY_BACKWARD = {
+    ("narrow", "half"): Tiles(32, 16, 1, 2, 64, 256, 8),
+    ("narrow", "tf32"): Tiles(16, 16, 1, 2, 64, 256, 8),
+    ("narrow", "ieee"): Tiles(16, 16, 1, 2, 64, 256, 8),
+    ("broad", "half"): Tiles(16, 16, 1, 2, 64, 256, 8),
+    ("broad", "tf32"): Tiles(16, 16, 1, 2, 64, 256, 8),
+    ("broad", "ieee"): Tiles(16, 16, 1, 2, 64, 256, 8),
+}
+# What heads fill side by side at most.
+QUERY_FORWARD_WIDEST = {"half": 256, "tf32": 128, "ieee": 128}
+QUERY_BACKWARD_WIDEST = {"half": 128, "tf32": 64, "ieee": 64}
 
 
 def query_forward(precision: str, width: int) -> Tiles:
     return QUERY_FORWARD["narrow" if width <= QUERY_NARROW else "broad", precision]
 
 
-QUERY_BACKWARD = {
-    ("narrow", "half"): Tiles(32, 16, 1, 2, 64, 256, 8),
-    ("narrow", "tf32"): Tiles(32, 16, 1, 2, 64, 256, 8),
-    ("narrow", "ieee"): Tiles(32, 16, 1, 2, 64, 256, 8),
-    ("broad", "half"): Tiles(16, 16, 1, 2, 64, 256, 8),
-    ("broad", "tf32"): Tiles(16, 16, 1, 2, 64, 256, 8),
-    ("broad", "ieee"): Tiles(16, 16, 1, 2, 64, 256, 8),
-}
-QUERY_BACKWARD_NARROW = 64
-QUERY_BACKWARD_WIDEST = 128
-
-
 def query_backward(precision: str, width: int) -> Tiles:
-    return QUERY_BACKWARD["narrow" if width <= QUERY_BACKWARD_NARROW else "broad", precision]
+    return QUERY_BACKWARD["narrow" if width <= QUERY_NARROW else "broad", precision]
 
 
 class Pairs(NamedTuple):
@@ -209,8 +208,12 @@ MANY = 24
 
 
 def candidates_forward(precision: str, dim: int, mean: float) -> Pairs:
-    return CANDIDATES_FORWARD["many" if mean >= MANY else "few", "narrow" if dim <= 64 else "broad", precision]
+    return CANDIDATES_FORWARD[
+        "many" if mean >= MANY else "few", "narrow" if dim <= 64 else "broad", precision
+    ]
 
 
 def candidates_backward(precision: str, dim: int, mean: float) -> Pairs:
-    return CANDIDATES_BACKWARD["many" if mean >= MANY else "few", "narrow" if dim <= 64 else "broad", precision]
+    return CANDIDATES_BACKWARD[
+        "many" if mean >= MANY else "few", "narrow" if dim <= 64 else "broad", precision
+    ]

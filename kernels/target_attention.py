@@ -47,9 +47,7 @@ def column_owners(first, batch, SPEC: tl.constexpr):
 
 
 @triton.jit
-def load_columns(
-    pointer, stride, owners, group, DIM: tl.constexpr, SPEC: tl.constexpr
-):
+def load_columns(pointer, stride, owners, group, DIM: tl.constexpr, SPEC: tl.constexpr):
     """Rows of the histories, one per column and zero but in its head: slabs `[columns, size]`."""
     live, owner, head = owners
     WIDTH: tl.constexpr = get(SPEC, "heads_together") * DIM
@@ -78,7 +76,9 @@ def store_columns(pointer, stride, slabs, row, mask, head, group, DIM: tl.conste
 def zero_columns(WIDTH: tl.constexpr, SPEC: tl.constexpr):
     slabs = ()
     for i in tl.static_range(slab_count(WIDTH, get(SPEC, "dim_slab"))):
-        slabs = slabs + (tl.zeros([slab_size(i, WIDTH, get(SPEC, "dim_slab")), get(SPEC, "columns")], tl.float32),)
+        slabs = slabs + (
+            tl.zeros([slab_size(i, WIDTH, get(SPEC, "dim_slab")), get(SPEC, "columns")], tl.float32),
+        )
     return slabs
 
 
@@ -132,7 +132,7 @@ def _attend(data, origin, step, valid, q, bounds, head, group, state, SPEC: tl.c
             mass *= factor
             acc = scale(acc, factor)
         p = exp2(s - peak[None, :], get(SPEC, "approx"))
-        if PRECISION == "ieee":
+        if PRECISION != "tf32":
             mass += tl.sum(p, 0)[None, :]
         else:
             # Rows of ones make the sum in the matrix unit, of what the values are weighted with.
@@ -175,7 +175,7 @@ def _forward_kernel(data, out, lse, SPEC: tl.constexpr):
         q = transposed(load_columns(data.query, data.query_stride, owners, group, get(SPEC, "dim"), SPEC))
         state = (
             tl.full([get(SPEC, "columns")], LOWEST, tl.float32),
-            tl.zeros([1 if get(SPEC, "precision") == "ieee" else 16, get(SPEC, "columns")], tl.float32),
+            tl.zeros([16 if get(SPEC, "precision") == "tf32" else 1, get(SPEC, "columns")], tl.float32),
             zero_columns(value_width(SPEC), SPEC),
         )
         length = (stop - begin).to(tl.int32)
@@ -203,7 +203,9 @@ def _forward_kernel(data, out, lse, SPEC: tl.constexpr):
             place = lse + row * HEADS + group * get(SPEC, "heads_together") + head
             tl.store(place, tl.where(some, (peak + tl.log2(norm)) * LN_2, float("-inf")), mask=seen)
             acc = scale(acc, (1 / norm)[None, :])
-        store_columns(out, HEADS * get(SPEC, "value_dim"), acc, row, seen, head, group, get(SPEC, "value_dim"), SPEC)
+        store_columns(
+            out, HEADS * get(SPEC, "value_dim"), acc, row, seen, head, group, get(SPEC, "value_dim"), SPEC
+        )
         begin = stop
         first += TOGETHER
 
@@ -264,7 +266,9 @@ def _join_kernel(
     tl.store(out + row * DIM + column, acc, mask=inside)
 
 
-def join(out: Tensor, lse: Tensor | None, offsets: Tensor, programs: int, heads: int, least_rows: int) -> None:
+def join(
+    out: Tensor, lse: Tensor | None, offsets: Tensor, programs: int, heads: int, least_rows: int
+) -> None:
     """Joins the parts of cut histories, in the last 2·programs rows of `out [B + 2·programs, H·d]`, into their rows:
     sums, or with each part's log-sum-exp the softmax's average and log-sum-exp."""
     if programs == 1:
@@ -292,17 +296,34 @@ def forward(call: Any) -> tuple[Tensor, Tensor]:
     precision = settings.precision(call.keys.dtype)
     batch, total = call.offsets.numel() - 1, call.total
     width = max(call.keys.shape[1], call.values.shape[1]) // call.heads
-    heads = heads_together(call, settings.QUERY_WIDEST, 8)
+    heads = heads_together(call, settings.QUERY_FORWARD_WIDEST[precision], 8)
     launch = settings.query_forward(precision, heads * width)
     data = data_of(call)
     programs = settings.programs(launch, max(total, 1), call.keys.device)
     short = total < settings.SHORT * batch
     spec = spec_of(
-        call, data, launch, heads, least_rows=launch.least_rows, columns=8, together=8 // heads if short else 1
+        call,
+        data,
+        launch,
+        heads,
+        least_rows=launch.least_rows,
+        columns=8,
+        together=8 // heads if short else 1,
     )
-    out = torch.zeros(batch + 2 * programs, call.values.shape[1], dtype=torch.float32, device=call.keys.device)
+    out = torch.zeros(
+        batch + 2 * programs, call.values.shape[1], dtype=torch.float32, device=call.keys.device
+    )
     lse = out.new_full((batch + 2 * programs, call.heads), -torch.inf)
     if batch and total:
-        _forward_kernel[(programs, call.heads // heads)](data, out, lse, SPEC=spec, num_warps=launch.num_warps)
-        join(out, lse if spec.normalize == "softmax" else None, data.offsets, programs, call.heads, launch.least_rows)
+        _forward_kernel[(programs, call.heads // heads)](
+            data, out, lse, SPEC=spec, num_warps=launch.num_warps
+        )
+        join(
+            out,
+            lse if spec.normalize == "softmax" else None,
+            data.offsets,
+            programs,
+            call.heads,
+            launch.least_rows,
+        )
     return out[:batch], lse[:batch]

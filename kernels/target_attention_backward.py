@@ -45,7 +45,18 @@ from .target_attention import (
 
 @triton.jit
 def _attend_backward(
-    data, grads, origin, step, valid, columns, bounds, head, group, acc, SPEC: tl.constexpr, FULL: tl.constexpr
+    data,
+    grads,
+    origin,
+    step,
+    valid,
+    columns,
+    bounds,
+    head,
+    group,
+    acc,
+    SPEC: tl.constexpr,
+    FULL: tl.constexpr,
 ):
     """Writes the gradients of the tokens from `origin + step` on; returns the query's, `acc`, with theirs added."""
     PRECISION: tl.constexpr = get(SPEC, "precision")
@@ -74,10 +85,24 @@ def _attend_backward(
     K: tl.constexpr = HEADS * get(SPEC, "dim")
     V: tl.constexpr = HEADS * get(SPEC, "value_dim")
     store_tile(
-        grad_key + start * K + group * KEYS, outer(grad, q, PRECISION), token, valid, K, KEYS, get(SPEC, "dim_slab"), FULL
+        grad_key + start * K + group * KEYS,
+        outer(grad, q, PRECISION),
+        token,
+        valid,
+        K,
+        KEYS,
+        get(SPEC, "dim_slab"),
+        FULL,
     )
     store_tile(
-        grad_value + start * V + group * VALUES, outer(a, g, PRECISION), token, valid, V, VALUES, get(SPEC, "dim_slab"), FULL
+        grad_value + start * V + group * VALUES,
+        outer(a, g, PRECISION),
+        token,
+        valid,
+        V,
+        VALUES,
+        get(SPEC, "dim_slab"),
+        FULL,
     )
     return acc
 
@@ -133,14 +158,20 @@ def _backward_kernel(data, upstream, grad_query, grad_key, grad_value, grad_bias
             full = length // BLOCK * BLOCK
             every = tl.full([BLOCK], 1, tl.int1)
             for step in tl.range(0, full, BLOCK, num_stages=get(SPEC, "stages")):
-                acc = _attend_backward(data, grads, origin, step, every, queries, bounds, head, group, acc, SPEC, True)
+                acc = _attend_backward(
+                    data, grads, origin, step, every, queries, bounds, head, group, acc, SPEC, True
+                )
             for step in tl.range(full, length, TAIL, num_stages=1):
                 valid = tl.arange(0, TAIL) < length - step
-                acc = _attend_backward(data, grads, origin, step, valid, queries, bounds, head, group, acc, SPEC, False)
+                acc = _attend_backward(
+                    data, grads, origin, step, valid, queries, bounds, head, group, acc, SPEC, False
+                )
         else:
             for step in tl.range(0, length, BLOCK, num_stages=get(SPEC, "stages")):
                 valid = tl.arange(0, BLOCK) < length - step
-                acc = _attend_backward(data, grads, origin, step, valid, queries, bounds, head, group, acc, SPEC, False)
+                acc = _attend_backward(
+                    data, grads, origin, step, valid, queries, bounds, head, group, acc, SPEC, False
+                )
         seen = live & (tl.minimum(last_row, stop) > tl.maximum(first_row, begin))
         whole = (first_row >= begin) & (last_row <= stop)
         slot = data.batch + 2 * program + (first_row >= begin).to(tl.int32)
@@ -150,7 +181,9 @@ def _backward_kernel(data, upstream, grad_query, grad_key, grad_value, grad_bias
         first += TOGETHER
 
 
-def backward(call: Any, grad_out: Tensor, delta: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+def backward(
+    call: Any, grad_out: Tensor, delta: Tensor, lse: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Gradients of query, keys, values and bias of a `recattn.composite.target_attention.Call`."""
     upstream = Upstream(grad_out.contiguous(), delta.contiguous(), lse.contiguous())
     if call.query_offsets is not None:
@@ -167,13 +200,20 @@ def backward(call: Any, grad_out: Tensor, delta: Tensor, lse: Tensor) -> tuple[T
 def _backward(call: Any, upstream: Upstream) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     batch, total = call.offsets.numel() - 1, call.total
     width = max(call.keys.shape[1], call.values.shape[1]) // call.heads
-    heads = heads_together(call, settings.QUERY_BACKWARD_WIDEST, 16)
-    launch = settings.query_backward(settings.precision(call.keys.dtype), heads * width)
+    precision = settings.precision(call.keys.dtype)
+    heads = heads_together(call, settings.QUERY_BACKWARD_WIDEST[precision], 16)
+    launch = settings.query_backward(precision, heads * width)
     data = data_of(call)
     programs = settings.programs(launch, max(total, 1), call.keys.device)
     short = total < settings.SHORT * batch
     spec = spec_of(
-        call, data, launch, heads, least_rows=launch.least_rows, columns=16, together=16 // heads if short else 1
+        call,
+        data,
+        launch,
+        heads,
+        least_rows=launch.least_rows,
+        columns=16,
+        together=16 // heads if short else 1,
     )
     query = data.query.new_zeros(batch + 2 * programs, data.query.shape[1], dtype=torch.float32)
     new = data.key.new_empty if batch and total else data.key.new_zeros
@@ -181,7 +221,14 @@ def _backward(call: Any, upstream: Upstream) -> tuple[Tensor, Tensor, Tensor, Te
     bias = None if call.bias is None else new(total, call.heads, dtype=torch.float32)
     if batch and total:
         _backward_kernel[(programs, call.heads // heads)](
-            data, upstream, query, keys, values, query if bias is None else bias, SPEC=spec, num_warps=launch.num_warps
+            data,
+            upstream,
+            query,
+            keys,
+            values,
+            query if bias is None else bias,
+            SPEC=spec,
+            num_warps=launch.num_warps,
         )
         join(query, None, data.offsets, programs, call.heads, launch.least_rows)
     return query[:batch], keys, values, bias

@@ -13,6 +13,7 @@ from torch import Tensor
 import recattn
 from recattn import functional
 from recattn.composite import target_attention as composite
+from recattn.kernels import settings
 
 PRECISIONS = {
     "fp32": (torch.float32, "highest"),
@@ -24,6 +25,14 @@ BACKENDS = ("triton", "torch")
 CANDIDATES = (0, 3, 1, 40, 17, 70)
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
+
+@pytest.fixture(autouse=True)
+def short_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gives programs few enough rows that histories of a test are cut, some more than once."""
+    for table in (settings.QUERY_FORWARD, settings.QUERY_BACKWARD):
+        for key, launch in table.items():
+            monkeypatch.setitem(table, key, launch._replace(least_rows=24))
 
 
 @pytest.fixture(params=PRECISIONS)
@@ -54,6 +63,77 @@ def test_the_composite_path_equals_the_formula(
     lengths: list[int], dtype: torch.dtype, candidates: list[int] | None
 ) -> None:
     check(variant(lengths=lengths, dtype=dtype, candidates=candidates, bias="by head", heads=2), "torch")
+
+
+@pytest.mark.parametrize("candidates", [None, (3, 0, 1, 20), CANDIDATES], ids=["one query", "few", "many"])
+@pytest.mark.parametrize("lengths", HISTORIES.values(), ids=HISTORIES)
+def test_kernels_equal_the_formula_over_every_kind_of_history(
+    lengths: list[int], candidates: tuple[int, ...] | None, precision: torch.dtype
+) -> None:
+    check(variant(lengths=lengths, dtype=precision, candidates=candidates))
+
+
+@pytest.mark.parametrize("candidates", [None, (3, 70)], ids=["one query", "candidates"])
+@pytest.mark.parametrize(
+    ("dim", "heads"), [(16, 4), (18, 3), (64, 2), (80, 1), (5, 1), (36, 2), (1, 20), (130, 1), (64, 5)]
+)
+def test_kernels_equal_the_formula_at_every_width(
+    dim: int, heads: int, candidates: tuple[int, ...] | None, precision: torch.dtype
+) -> None:
+    check(
+        variant(
+            dim=dim, heads=heads, dtype=precision, lengths=[0, 60, 3], candidates=candidates, bias="by head"
+        )
+    )
+
+
+@pytest.mark.parametrize("heads", [1, 2, 3, 16])
+@pytest.mark.parametrize("bias", ["shared", "by head"])
+def test_short_histories_share_tiles(heads: int, bias: str, precision: torch.dtype) -> None:
+    lengths = [3, 5, 0, 1, 20, 7, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 2, 4, 1, 1, 1, 30, 2]
+    check(variant(lengths=lengths, dim=4, heads=heads, dtype=precision, bias=bias))
+
+
+@pytest.mark.parametrize("candidates", [None, (3, 70)], ids=["one query", "candidates"])
+def test_rows_may_lie_beyond_the_reach_of_32_bits(candidates: tuple[int, ...] | None) -> None:
+    stride, rows = 1 << 23, 300  # of which only the pages with rows in them are ever touched
+    storage = torch.UntypedStorage(2 * stride * rows)
+    far = torch.empty(0, dtype=torch.float16).set_(storage, 0, (rows, 16), (stride, 1))
+    assert far.stride(0) * (rows - 1) > 2**31
+    case = variant(lengths=[100, 0, 200], dim=16, dtype=torch.float16, slack=0, candidates=candidates)
+    tensors = case.tensors()
+    far.copy_(tensors["keys"])
+    expected = run(case, "triton")
+    for name, result in run(case, "triton", tensors | {"keys": far}).items():
+        assert torch.equal(result, expected[name]), name
+
+
+@pytest.mark.parametrize("normalize", ["softmax", "sigmoid"])
+def test_programs_that_share_a_history_of_candidates_give_the_same(
+    normalize: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for table in (settings.CANDIDATES_FORWARD, settings.CANDIDATES_BACKWARD):
+        for key, launch in table.items():
+            monkeypatch.setitem(table, key, launch._replace(share=8))
+    for candidates in ((40, 17, 70), (90, 0, 1)):
+        check(
+            variant(
+                lengths=[90, 1, 0, 70], candidates=candidates, heads=2, bias="by head", normalize=normalize
+            )
+        )
+
+
+def test_any_schedule_gives_the_same_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = variant(lengths=[5, 150, 0, 20, 1, 60], heads=2)
+    truth = exact(case, case.tensors())
+    for least_rows in (1, 7, 64, 10_000):
+        for table in (settings.QUERY_FORWARD, settings.QUERY_BACKWARD):
+            for key, launch in table.items():
+                monkeypatch.setitem(table, key, launch._replace(least_rows=least_rows))
+        for short in (0, 1000):
+            monkeypatch.setattr(settings, "SHORT", short)
+            for name, result in run(case, "triton").items():
+                torch.testing.assert_close(result.double(), truth[name], rtol=1e-4, atol=1e-4, msg=name)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -195,3 +275,10 @@ def test_autocast_casts_and_gradients_keep_the_dtype_of_their_tensor() -> None:
         if name.startswith("grad"):
             assert result.dtype == torch.float32
             torch.testing.assert_close(result.double(), truth[name], rtol=0.1, atol=0.1, msg=name)
+
+
+def test_a_backend_asked_for_by_name_never_falls_back() -> None:
+    with pytest.raises(NotImplementedError, match=r'backend "triton".*float64'):
+        run(variant(dtype=torch.float64), "triton")
+    with pytest.raises(NotImplementedError, match=r'backend "triton".*heads up to 256 wide, not 300'):
+        run(variant(dim=300), "triton")
