@@ -1,8 +1,9 @@
 """target_attention where candidates share a history: each program brings the keys to a block of them.
 
-Forward has a program per block of candidates and head. Blocks are counted on the device; the host knows only a bound. Backward
-has a program per history and head, which passes over the keys once: their gradients stay on chip while all candidates
-come by, whose own are added up in memory that no other program touches.
+Forward has a program per block of candidates and head; blocks are counted on the device, and the host knows only how
+many there can be. Backward has a program per history and head. It takes one block after the other past all keys, and
+keeps the block's gradient on chip. That of the keys is written once if there is one block; otherwise blocks add to what
+those before have left, in memory that no other program touches.
 """
 
 from __future__ import annotations
@@ -18,10 +19,7 @@ from . import settings
 from .arguments import get
 from .dot_product import (
     LOWEST,
-    Data,
-    Spec,
     Upstream,
-    accumulate,
     attention,
     attention_backward,
     bias_factor,
@@ -99,7 +97,7 @@ def _attend(data, start, valid, q, head, state, SPEC: tl.constexpr, FULL: tl.con
 
 
 @triton.jit
-def _forward_kernel(data, groups, out, lse, count, SPEC: tl.constexpr):
+def _candidates_forward_kernel(data, groups, out, lse, count, SPEC: tl.constexpr):
     """The third axis of programs shares the keys of a history: each writes one of `out [splits, N, H·dv]`."""
     ROWS: tl.constexpr = get(SPEC, "columns")
     BLOCK: tl.constexpr = get(SPEC, "block")
@@ -163,7 +161,7 @@ def forward(call: Any) -> tuple[Tensor, Tensor]:
     lse = out.new_full((*shape, call.heads), -torch.inf)
     if batch and count and call.total:
         spec = spec_of(call, data, launch, 1, columns=launch.candidates)
-        _forward_kernel[(most, call.heads, splits)](
+        _candidates_forward_kernel[(most, call.heads, splits)](
             data, blocks, out, lse, count, SPEC=spec, num_warps=launch.num_warps
         )
     return _joined(out, lse, call) if splits > 1 else (out, lse)
@@ -227,30 +225,18 @@ def load_candidates(data, upstream, candidate, rest, head, SPEC: tl.constexpr):
 
 
 @triton.jit
-def write(
-    out,
-    part,
-    slabs,
-    start,
-    valid,
-    head,
-    first,
-    last,
-    DIM: tl.constexpr,
-    SPEC: tl.constexpr,
-    FULL: tl.constexpr,
-):
+def write(out, part, slabs, start, valid, head, first, last, DIM: tl.constexpr, SPEC: tl.constexpr):
     """A block's share of the gradients of a tile of tokens: the last adds what those before have left in `part`."""
     WIDTH: tl.constexpr = get(SPEC, "heads") * DIM
     SLAB: tl.constexpr = get(SPEC, "dim_slab")
     row = tl.arange(0, valid.shape[0])
     place = start * WIDTH + head * DIM
     if first == 0:
-        slabs = added(slabs, load_tile(part + place, row, valid, WIDTH, DIM, SLAB, FULL))
+        slabs = added(slabs, load_tile(part + place, row, valid, WIDTH, DIM, SLAB, False))
     if last:
-        store_tile(out + place, slabs, row, valid, WIDTH, DIM, SLAB, FULL)
+        store_tile(out + place, slabs, row, valid, WIDTH, DIM, SLAB, False)
     else:
-        store_tile(part + place, slabs, row, valid, WIDTH, DIM, SLAB, FULL)
+        store_tile(part + place, slabs, row, valid, WIDTH, DIM, SLAB, False)
 
 
 @triton.jit
@@ -262,21 +248,19 @@ def added(left, right):
 
 
 @triton.jit
-def _attend_backward(
-    data, block, grads, start, valid, head, first, last, acc, SPEC: tl.constexpr, FULL: tl.constexpr
-):
-    """Adds a block's share to the gradients of the tokens from `start` on; returns the block's own, `acc`, with theirs."""
+def _attend_backward(data, block, grads, start, valid, head, first, last, acc, SPEC: tl.constexpr):
+    """Adds a block's share to the gradients of the tokens from `start` on, and theirs to the block's own, `acc`."""
     PRECISION: tl.constexpr = get(SPEC, "precision")
     HEADS: tl.constexpr = get(SPEC, "heads")
     q, g, log_mass, delta = block
     grad_key, grad_value, part_key, part_value, grad_bias = grads
-    k, v = load_keys_values(data, start, valid, head, SPEC, FULL)
-    bias = load_bias(data, start, valid, head, SPEC, FULL)[:, None]
+    k, v = load_keys_values(data, start, valid, head, SPEC, False)
+    bias = load_bias(data, start, valid, head, SPEC, False)[:, None]
     zero = tl.zeros([valid.shape[0], get(SPEC, "columns")], tl.float32)
     s = finish_scores(products(k, transposed(q), zero, PRECISION), data.scale, bias, SPEC)
-    a = attention(s, valid[:, None], log_mass, SPEC, not FULL)  # [tokens, candidates]
+    a = attention(s, valid[:, None], log_mass, SPEC, True)  # [tokens, candidates]
     grad = products(v, transposed(g), zero, PRECISION)
-    grad = attention_backward(grad, a, valid[:, None], bias_factor(data.scale, SPEC), delta, SPEC, not FULL)
+    grad = attention_backward(grad, a, valid[:, None], bias_factor(data.scale, SPEC), delta, SPEC, True)
     start += tl.program_id(2).to(tl.int64) * data.total
     write(
         grad_value,
@@ -289,7 +273,6 @@ def _attend_backward(
         last,
         get(SPEC, "value_dim"),
         SPEC,
-        FULL,
     )
     if get(SPEC, "bias_heads"):
         place = grad_bias + (start + tl.arange(0, valid.shape[0])) * HEADS + head
@@ -307,20 +290,17 @@ def _attend_backward(
         last,
         get(SPEC, "dim"),
         SPEC,
-        FULL,
     )
     return weigh(tl.trans(grad), k, acc, PRECISION)
 
 
 @triton.jit
-def _backward_kernel(data, groups, upstream, grad_query, grads, SPEC: tl.constexpr):
+def _candidates_backward_kernel(data, groups, upstream, grad_query, grads, SPEC: tl.constexpr):
     """The third axis of programs shares the candidates of a history: each writes one of `grad_key [splits, T, H·d]`."""
     ROWS: tl.constexpr = get(SPEC, "columns")
     BLOCK: tl.constexpr = get(SPEC, "block")
-    TAIL: tl.constexpr = get(SPEC, "tail")
     HEADS: tl.constexpr = get(SPEC, "heads")
     DIM: tl.constexpr = get(SPEC, "dim")
-    VALUE_DIM: tl.constexpr = get(SPEC, "value_dim")
     SLAB: tl.constexpr = get(SPEC, "dim_slab")
     history = tl.program_id(0)
     head = tl.program_id(1)
@@ -337,22 +317,14 @@ def _backward_kernel(data, groups, upstream, grad_query, grads, SPEC: tl.constex
     stride = tl.num_programs(2) * ROWS
     if (split * ROWS >= count) & (head == 0):
         zero_rows_of(grads, base + first_row, length, split * 0, 1, SPEC)
-    full = length // BLOCK * BLOCK
-    every = tl.full([BLOCK], 1, tl.int1)
     for done in tl.range(split * ROWS, count, stride, num_stages=1):
         block = load_candidates(data, upstream, candidate + done, count - done, head, SPEC)
         first = done == split * ROWS
         last = done + stride >= count
         acc = zero_rows(ROWS, DIM, SLAB)
-        for step in tl.range(0, full, BLOCK, num_stages=get(SPEC, "stages")):
-            acc = _attend_backward(
-                data, block, grads, first_row + step, every, head, first, last, acc, SPEC, True
-            )
-        for step in tl.range(full, length, TAIL, num_stages=1):
-            valid = tl.arange(0, TAIL) < length - step
-            acc = _attend_backward(
-                data, block, grads, first_row + step, valid, head, first, last, acc, SPEC, False
-            )
+        for step in tl.range(0, length, BLOCK, num_stages=get(SPEC, "stages")):
+            valid = tl.arange(0, BLOCK) < length - step
+            acc = _attend_backward(data, block, grads, first_row + step, valid, head, first, last, acc, SPEC)
         row = tl.arange(0, ROWS)
         place = grad_query + (candidate + done) * (HEADS * DIM) + head * DIM
         store_tile(place, acc, row, row < count - done, HEADS * DIM, DIM, SLAB, False)
@@ -389,7 +361,7 @@ def backward(call: Any, upstream: Upstream) -> tuple[Tensor, Tensor, Tensor, Ten
         spec = spec_of(call, data, launch, 1, columns=launch.candidates)
         groups = Groups(call.query_offsets.contiguous(), call.query_offsets)
         grads = (keys, values, *parts, keys if bias is None else bias)
-        _backward_kernel[(batch, call.heads, splits)](
+        _candidates_backward_kernel[(batch, call.heads, splits)](
             data, groups, upstream, query, grads, SPEC=spec, num_warps=launch.num_warps
         )
     if splits > 1:

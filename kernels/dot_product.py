@@ -213,11 +213,9 @@ def finish_scores(s, scale, bias, SPEC: tl.constexpr):
 def attention(s, valid, log_mass, SPEC: tl.constexpr, MASKED: tl.constexpr):
     """The attention from scores, zero where MASKED and not valid; `log_mass`, in base 2, broadcasts."""
     APPROX: tl.constexpr = get(SPEC, "approx")
-    if get(SPEC, "normalize") == "softmax":
-        if MASKED:
-            s = tl.where(valid, s, float("-inf"))
-        return exp2(s - log_mass, APPROX)
-    elif get(SPEC, "normalize") == "exp":
+    if get(SPEC, "normalize") == "softmax" or get(SPEC, "normalize") == "exp":
+        if get(SPEC, "normalize") == "softmax":
+            s -= log_mass
         if MASKED:
             s = tl.where(valid, s, float("-inf"))
         return exp2(s, APPROX)
@@ -273,11 +271,8 @@ def uncovered(call: Any) -> str | None:
 def heads_together(call: Any, widest: int, columns: int) -> int:
     """As many heads as divide all and fit side by side into `widest` columns of keys and `columns` of scores."""
     width = max(call.keys.shape[1], call.values.shape[1]) // call.heads
-    return max(
-        n
-        for n in range(1, call.heads + 1)
-        if call.heads % n == 0 and (n == 1 or n * width <= widest and n <= columns)
-    )
+    most = max(1, min(widest // width, columns, call.heads))
+    return next(n for n in range(most, 0, -1) if call.heads % n == 0)
 
 
 def data_of(call: Any) -> Data:
@@ -329,8 +324,8 @@ def spec_of(call: Any, data: Data, launch: settings.Tiles, heads: int, **fields:
 
 
 def add_rows(call: Any, gradient: Tensor, table: Tensor) -> Tensor:
-    """The gradient of a table whose rows the tokens `[T]` are, from that of the tokens: equal rows are sorted and summed
-    in order. Those of slack may be anything, and are left out."""
+    """The gradient of a table whose rows the tokens `[T]` are, from that of the tokens: sorted, then equal rows are
+    summed in order. Those of slack may be anything, and are left out."""
     slack = torch.arange(call.total, device=table.device) >= call.offsets[-1]
     rows = call.rows.to(torch.int64).masked_fill(slack, table.shape[0])  # which is no row
     # Of a padding index no gradient is taken: here of the row behind the last.

@@ -124,7 +124,7 @@ class Tiles(NamedTuple):
 WIDEST_HEAD = 256
 SHORT = 48  # mean length below which histories share a tile
 
-# One query per history, by the width that a program takes and by precision, in which "ieee" is by parts where it can be.
+# One query per history, by the width that a program takes and by precision; "ieee" is by parts where it can be.
 # Wider tiles, or larger ones, would keep more than 255 words in a thread's registers.
 QUERY_NARROW = 64
 QUERY_FORWARD = {
@@ -159,10 +159,10 @@ def query_backward(precision: str, width: int) -> Tiles:
 class Pairs(NamedTuple):
     candidates: int  # per block
     block: int  # tokens per tile
-    tail: int
+    tail: int  # tokens per tile where a history ends, 0 for as many
     num_warps: int
     num_stages: int
-    dim_slab: int
+    dim_slab: int  # widest slab of keys and values
     share: int  # fewest tokens, or candidates, worth a program of their own
 
     def splits(self, programs: int, length: int, device: torch.device) -> int:
@@ -191,29 +191,33 @@ CANDIDATES_FORWARD = {
     ("few", "broad", "ieee"): Pairs(16, 16, 16, 1, 1, 64, 512),
 }
 CANDIDATES_BACKWARD = {
-    ("many", "narrow", "half"): Pairs(64, 64, 64, 4, 1, 64, 128),
-    ("many", "broad", "half"): Pairs(64, 32, 32, 4, 1, 128, 128),
-    ("many", "narrow", "tf32"): Pairs(32, 32, 16, 4, 1, 64, 128),
-    ("many", "broad", "tf32"): Pairs(32, 32, 16, 4, 1, 128, 128),
-    ("many", "narrow", "ieee"): Pairs(32, 32, 16, 4, 1, 64, 128),
-    ("many", "broad", "ieee"): Pairs(16, 32, 16, 4, 1, 64, 128),
-    ("few", "narrow", "half"): Pairs(16, 32, 16, 1, 1, 64, 32),
-    ("few", "broad", "half"): Pairs(16, 32, 16, 1, 1, 128, 32),
-    ("few", "narrow", "tf32"): Pairs(16, 32, 16, 1, 1, 64, 32),
-    ("few", "broad", "tf32"): Pairs(16, 16, 16, 1, 1, 128, 32),
-    ("few", "narrow", "ieee"): Pairs(16, 16, 16, 1, 1, 64, 32),
-    ("few", "broad", "ieee"): Pairs(16, 16, 16, 1, 1, 64, 32),
+    ("many", "narrow", "half"): Pairs(64, 64, 0, 4, 1, 64, 128),
+    ("many", "broad", "half"): Pairs(64, 32, 0, 4, 1, 128, 128),
+    ("many", "narrow", "tf32"): Pairs(32, 32, 0, 4, 1, 64, 128),
+    ("many", "broad", "tf32"): Pairs(32, 32, 0, 4, 1, 128, 128),
+    ("many", "narrow", "ieee"): Pairs(32, 32, 0, 4, 1, 64, 128),
+    ("many", "broad", "ieee"): Pairs(16, 32, 0, 4, 1, 64, 128),
+    ("few", "narrow", "half"): Pairs(16, 16, 0, 1, 1, 64, 32),
+    ("few", "broad", "half"): Pairs(16, 32, 0, 1, 1, 128, 32),
+    ("few", "narrow", "tf32"): Pairs(16, 32, 0, 1, 1, 64, 32),
+    ("few", "broad", "tf32"): Pairs(16, 16, 0, 1, 1, 128, 32),
+    ("few", "narrow", "ieee"): Pairs(16, 16, 0, 1, 1, 64, 32),
+    ("few", "broad", "ieee"): Pairs(16, 16, 0, 1, 1, 64, 32),
 }
 MANY = 24
 
 
 def candidates_forward(precision: str, dim: int, mean: float) -> Pairs:
-    return CANDIDATES_FORWARD[
-        "many" if mean >= MANY else "few", "narrow" if dim <= 64 else "broad", precision
-    ]
+    return CANDIDATES_FORWARD[_count(dim, mean), _width(dim), precision]
 
 
 def candidates_backward(precision: str, dim: int, mean: float) -> Pairs:
-    return CANDIDATES_BACKWARD[
-        "many" if mean >= MANY else "few", "narrow" if dim <= 64 else "broad", precision
-    ]
+    return CANDIDATES_BACKWARD[_count(dim, mean), _width(dim), precision]
+
+
+def _count(dim: int, mean: float) -> str:
+    return "many" if mean >= MANY and dim <= 128 else "few"
+
+
+def _width(dim: int) -> str:
+    return "narrow" if dim <= 64 else "broad"

@@ -6,7 +6,7 @@ tile, each with columns of its own. The scores of a token with the queries of ot
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
@@ -22,7 +22,6 @@ from .dot_product import (
     data_of,
     finish_scores,
     heads_together,
-    key_width,
     load_keys_values,
     products,
     spec_of,

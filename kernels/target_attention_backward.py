@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import triton.language as tl
 import triton
+import triton.language as tl
 from torch import Tensor
 
 from . import candidate_attention, settings

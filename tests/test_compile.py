@@ -15,7 +15,16 @@ import triton
 TARGETS = ["sm_80", "sm_90", "sm_120", "gfx942"]
 if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9):  # earlier ones crash on some reductions
     TARGETS.append("sm_100")
-KERNELS = {"activation_unit": {"_forward_kernel", "tokens_kernel", "weights_kernel", "_merge_kernel"}}
+KERNELS = {
+    "activation_unit": {"_forward_kernel", "tokens_kernel", "weights_kernel", "_merge_kernel"},
+    "target_attention": {
+        "_forward_kernel",
+        "_backward_kernel",
+        "_join_kernel",
+        "_candidates_forward_kernel",
+        "_candidates_backward_kernel",
+    },
+}
 PRODUCTS = ["bf16", "fp16", "tf32", "fp32"]
 
 

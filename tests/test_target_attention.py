@@ -22,7 +22,7 @@ PRECISIONS = {
     "fp16": (torch.float16, "highest"),
 }
 BACKENDS = ("triton", "torch")
-CANDIDATES = (0, 3, 1, 40, 17, 70)
+CANDIDATES = (0, 3, 40, 66)
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -73,9 +73,9 @@ def test_kernels_equal_the_formula_over_every_kind_of_history(
     check(variant(lengths=lengths, dtype=precision, candidates=candidates))
 
 
-@pytest.mark.parametrize("candidates", [None, (3, 70)], ids=["one query", "candidates"])
+@pytest.mark.parametrize("candidates", [None, (3, 66)], ids=["one query", "candidates"])
 @pytest.mark.parametrize(
-    ("dim", "heads"), [(16, 4), (18, 3), (64, 2), (80, 1), (5, 1), (36, 2), (1, 20), (130, 1), (64, 5)]
+    ("dim", "heads"), [(16, 4), (18, 3), (64, 2), (80, 1), (1, 10), (130, 1)]
 )
 def test_kernels_equal_the_formula_at_every_width(
     dim: int, heads: int, candidates: tuple[int, ...] | None, precision: torch.dtype
@@ -87,14 +87,14 @@ def test_kernels_equal_the_formula_at_every_width(
     )
 
 
-@pytest.mark.parametrize("heads", [1, 2, 3, 16])
+@pytest.mark.parametrize("heads", [1, 3, 16])
 @pytest.mark.parametrize("bias", ["shared", "by head"])
 def test_short_histories_share_tiles(heads: int, bias: str, precision: torch.dtype) -> None:
     lengths = [3, 5, 0, 1, 20, 7, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 2, 4, 1, 1, 1, 30, 2]
     check(variant(lengths=lengths, dim=4, heads=heads, dtype=precision, bias=bias))
 
 
-@pytest.mark.parametrize("candidates", [None, (3, 70)], ids=["one query", "candidates"])
+@pytest.mark.parametrize("candidates", [None, (3, 66)], ids=["one query", "candidates"])
 def test_rows_may_lie_beyond_the_reach_of_32_bits(candidates: tuple[int, ...] | None) -> None:
     stride, rows = 1 << 23, 300  # of which only the pages with rows in them are ever touched
     storage = torch.UntypedStorage(2 * stride * rows)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from recattn.composite.blocks import Block, Histories, Workspace
 
-# Bytes of a block's rows, or of the scores of some candidates, by device: on the CPU about half of a core's second cache.
+# Bytes of a block's rows, or of the scores of some candidates, by device: on the CPU they stay in its cache.
 BLOCK_BYTES = {"cpu": 1 << 19, "cuda": 1 << 28}
 
 
