@@ -297,7 +297,9 @@ def data_of(call: Any) -> Data:
     )
 
 
-def spec_of(call: Any, data: Data, launch: settings.Tiles, heads: int, **fields: Any) -> Spec:
+def spec_of(
+    call: Any, data: Data, launch: settings.Tiles | settings.Pairs, heads: int, **fields: Any
+) -> Spec:
     precision = settings.precision(call.keys.dtype)
     nvidia = torch.version.hip is None and not triton.knobs.runtime.interpret
     products = "tf32"

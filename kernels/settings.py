@@ -120,6 +120,17 @@ class Tiles(NamedTuple):
     least_rows: int  # fewest rows worth a program
     programs_per_sm: int
 
+    def programs(self, rows: int, device: torch.device) -> int:
+        """How many programs share `rows` rows."""
+        return max(1, min(-(-rows // self.least_rows), multiprocessors(device) * self.programs_per_sm))
+
+
+def multiprocessors(device: torch.device) -> int:
+    """Where there is none to fill, enough not to matter."""
+    if device.type != "cuda":
+        return 1 << 10
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
 
 WIDEST_HEAD = 256
 SHORT = 48  # mean length below which histories share a tile
@@ -167,10 +178,8 @@ class Pairs(NamedTuple):
 
     def splits(self, programs: int, length: int, device: torch.device) -> int:
         """How many programs share what is `length` long on average, where there are `programs` without."""
-        wanted = 4 << 10
-        if device.type == "cuda":
-            wanted = 4 * torch.cuda.get_device_properties(device).multi_processor_count
-        return max(1, min(wanted // max(programs, 1), length // self.share, MOST_SPLITS))
+        wanted = 4 * multiprocessors(device) // max(programs, 1)
+        return max(1, min(wanted, length // self.share, MOST_SPLITS))
 
 
 MOST_SPLITS = 32

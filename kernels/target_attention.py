@@ -298,7 +298,7 @@ def forward(call: Any) -> tuple[Tensor, Tensor]:
     heads = heads_together(call, settings.QUERY_FORWARD_WIDEST[precision], 8)
     launch = settings.query_forward(precision, heads * width)
     data = data_of(call)
-    programs = settings.programs(launch, max(total, 1), call.keys.device)
+    programs = launch.programs(total, call.keys.device)
     short = total < settings.SHORT * batch
     spec = spec_of(
         call,

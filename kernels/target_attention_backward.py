@@ -204,7 +204,7 @@ def _backward(call: Any, upstream: Upstream) -> tuple[Tensor, Tensor, Tensor, Te
     heads = heads_together(call, settings.QUERY_BACKWARD_WIDEST[precision], 16)
     launch = settings.query_backward(precision, heads * width)
     data = data_of(call)
-    programs = settings.programs(launch, max(total, 1), call.keys.device)
+    programs = launch.programs(total, call.keys.device)
     short = total < settings.SHORT * batch
     spec = spec_of(
         call,

@@ -74,9 +74,7 @@ def test_kernels_equal_the_formula_over_every_kind_of_history(
 
 
 @pytest.mark.parametrize("candidates", [None, (3, 66)], ids=["one query", "candidates"])
-@pytest.mark.parametrize(
-    ("dim", "heads"), [(16, 4), (18, 3), (64, 2), (80, 1), (1, 10), (130, 1)]
-)
+@pytest.mark.parametrize(("dim", "heads"), [(16, 4), (18, 3), (64, 2), (80, 1), (1, 10), (130, 1)])
 def test_kernels_equal_the_formula_at_every_width(
     dim: int, heads: int, candidates: tuple[int, ...] | None, precision: torch.dtype
 ) -> None:

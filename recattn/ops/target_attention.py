@@ -36,8 +36,8 @@ def _call(*arguments: Any) -> composite.Call:
 
 
 def _forward(*arguments: Any, on_gpu: bool) -> tuple[Tensor, Tensor, Tensor]:
-    *arguments, backend = arguments
-    call = _call(*arguments)
+    *given, backend = arguments
+    call = _call(*given)
 
     def triton() -> tuple[Tensor, Tensor]:
         from recattn.kernels.target_attention import forward
@@ -53,8 +53,8 @@ def _forward(*arguments: Any, on_gpu: bool) -> tuple[Tensor, Tensor, Tensor]:
 def _backward(
     grad_out: Tensor, grad_lse: Tensor | None, exact_out: Tensor, lse: Tensor, *arguments: Any, on_gpu: bool
 ) -> list[Tensor]:
-    *arguments, backend = arguments
-    call = _call(*arguments)
+    *given, backend = arguments
+    call = _call(*given)
     # Σ_t a_t dL/da_t, where Σ_t a_t v_t is out; and what dL/dlse passes to the scores is a_t times it.
     delta = torch.linalg.vecdot(
         *(x.to(call.dtype).unflatten(1, (call.heads, -1)) for x in (grad_out, exact_out))
@@ -74,9 +74,9 @@ def _backward(
         triton,
         partial(composite.backward, call, grad_out, delta, lse),
     )
-    gradients = [g.to(x.dtype) for g, x in zip((query, keys, values), arguments[:3], strict=True)]
-    given = arguments[6]
-    return gradients if given is None else [*gradients, bias.to(given.dtype).view_as(given)]
+    gradients = [g.to(x.dtype) for g, x in zip((query, keys, values), given[:3], strict=True)]
+    shift = given[6]
+    return gradients if shift is None else [*gradients, bias.to(shift.dtype).view_as(shift)]
 
 
 def _uncovered(call: composite.Call) -> str | None:
