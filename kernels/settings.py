@@ -208,7 +208,7 @@ CANDIDATES_BACKWARD = {
     ("many", "broad", "ieee"): Pairs(16, 32, 0, 4, 1, 64, 128),
     ("few", "narrow", "half"): Pairs(16, 16, 0, 1, 1, 64, 32),
     ("few", "broad", "half"): Pairs(16, 32, 0, 1, 1, 128, 32),
-    ("few", "narrow", "tf32"): Pairs(16, 32, 0, 1, 1, 64, 32),
+    ("few", "narrow", "tf32"): Pairs(16, 16, 0, 1, 1, 64, 32),
     ("few", "broad", "tf32"): Pairs(16, 16, 0, 1, 1, 128, 32),
     ("few", "narrow", "ieee"): Pairs(16, 16, 0, 1, 1, 64, 32),
     ("few", "broad", "ieee"): Pairs(16, 16, 0, 1, 1, 64, 32),

@@ -78,12 +78,14 @@ class Gradients(NamedTuple):
 
     @classmethod
     def of(cls, call: Call) -> Gradients:
-        """Zeros, in the dtype to compute in; where rows are distinct, keys' and values' in their own."""
+        """Zeros, in the dtype to compute in; where each row is written once, keys' and values' are empty, in theirs."""
         exact = call.dtype if call.rows is not None else call.keys.dtype
+        once = call.rows is None and call.query_offsets is None
+        new = call.keys.new_empty if once and call.query.shape[0] else call.keys.new_zeros
         return cls(
             torch.zeros_like(call.query, dtype=call.dtype, memory_format=torch.contiguous_format),
-            torch.zeros_like(call.keys, dtype=exact, memory_format=torch.contiguous_format),
-            torch.zeros_like(call.values, dtype=exact, memory_format=torch.contiguous_format),
+            new(call.keys.shape, dtype=exact),
+            new(call.values.shape, dtype=exact),
             None if call.bias is None else torch.zeros_like(call.bias, dtype=call.dtype),
         )
 
@@ -210,12 +212,18 @@ def _backward_rows(call: Call, grad_out: Tensor, delta: Tensor, lse: Tensor, gra
         grad.mul_(call.scale)
         grads.query[block.owners] += read.sum(block, keys, grad)
         for gradient, rows, weights in ((grads.keys, q, grad), (grads.values, upstream, scores)):
-            fresh = read.workspace(f"gradient {rows.shape[2]}", weights.shape[0], rows.shape[2])
+            direct = call.rows is None and gradient.dtype == call.dtype
+            fresh = (
+                gradient[block.rows]
+                if direct
+                else read.workspace(f"gradient {rows.shape[2]}", weights.shape[0], rows.shape[2])
+            )
             torch.mul(
                 *_by_head(rows, block.split(weights), call.heads),
                 out=block.split(fresh).unflatten(-1, (call.heads, -1)),
             )
-            read.add(gradient, block, fresh)
+            if not direct:
+                read.add(gradient, block, fresh)
 
 
 # ------------------------------------------------------------------------------- candidates that share a history
