@@ -269,74 +269,83 @@ class _GroupReader:
         if not call.offsets.is_cpu:
             self.slack = torch.arange(call.total, device=call.offsets.device) >= call.offsets[-1]
             self.rows = None if self.rows is None else self.rows.masked_fill(self.slack, 0)
+        self.query, self.keys, self.values = (self.heads(x) for x in (call.query, call.keys, call.values))
+        self.bias = None if call.bias is None else call.bias.t().unsqueeze(1)  # [1 or H, 1, T]
+        if self.bias is not None and self.slack is not None:
+            self.bias = self.bias.masked_fill(self.slack, 0)
 
     def heads(self, x: Tensor) -> Tensor:
-        return x.to(self.call.dtype).unflatten(1, (self.call.heads, -1)).transpose(0, 1)
+        """Of `[n, H·d]`."""
+        return x.unflatten(1, (self.call.heads, -1)).transpose(0, 1)
 
-    def tokens(self, table: Tensor, tokens: slice) -> Tensor:
-        x = table[tokens] if self.rows is None else table.index_select(0, self.rows[tokens])
+    def candidates(self, x: Tensor, group: _Group) -> Tensor:
+        return x[:, group.candidates].to(self.call.dtype)
+
+    def tokens(self, x: Tensor, tokens: slice) -> Tensor:
+        x = x[:, tokens] if self.rows is None else x.index_select(1, self.rows[tokens])
         if self.slack is not None:
             x = x.masked_fill(self.slack[tokens].unsqueeze(1), 0)
-        return self.heads(x)
+        return x.to(self.call.dtype)
 
     def scores(self, group: _Group, query: Tensor, keys: Tensor) -> Tensor:
         scores = torch.bmm(query, keys.mT).mul_(self.call.scale)
-        if self.call.bias is not None:
-            bias = self.call.bias[group.tokens]
-            if self.slack is not None:
-                bias = bias.masked_fill(self.slack[group.tokens].unsqueeze(1), 0)
-            scores.add_(bias.t().unsqueeze(1))
+        if self.bias is not None:
+            scores.add_(self.bias[:, :, group.tokens])
         if group.hidden is not None and self.call.normalize == "softmax":
             scores.masked_fill_(group.hidden, -math.inf)
         return scores
 
-    def attention_(self, group: _Group, scores: Tensor, lse: Tensor) -> Tensor:
-        attention = _attention_(scores, lse, self.call.normalize)
-        return attention if group.hidden is None else attention.masked_fill_(group.hidden, 0)
+    def hide_(self, group: _Group, x: Tensor) -> Tensor:
+        return x if group.hidden is None else x.masked_fill_(group.hidden, 0)
 
     def add(self, gradient: Tensor, tokens: slice, x: Tensor) -> None:
-        x = x.transpose(0, 1).flatten(1)
         if self.rows is None:
-            gradient[tokens] += x
+            gradient.unflatten(1, (self.call.heads, -1))[tokens] += x.transpose(0, 1)
         elif self.rows.is_cpu:
-            gradient.index_add_(0, self.rows[tokens], x)
+            gradient.index_add_(0, self.rows[tokens], x.transpose(0, 1).flatten(1))
         else:  # which sorts, where index_add_ takes atomics
-            gradient.index_put_((self.rows[tokens],), x, accumulate=True)
+            gradient.index_put_((self.rows[tokens],), x.transpose(0, 1).flatten(1), accumulate=True)
 
 
 def _forward_groups(call: Call, out: Tensor, lse: Tensor) -> None:
     read = _GroupReader(call)
+    out_by_head, lse_by_head = read.heads(out), lse.t()
     for group in _groups(call):
-        keys, values = read.tokens(call.keys, group.tokens), read.tokens(call.values, group.tokens)
-        scores = read.scores(group, read.heads(call.query[group.candidates]), keys)
-        mass = scores.new_ones(())
-        peak = scores.amax(2, keepdim=True)
-        attention = read.attention_(group, scores, peak)
+        keys, values = read.tokens(read.keys, group.tokens), read.tokens(read.values, group.tokens)
+        scores = read.scores(group, read.candidates(read.query, group), keys)
         if call.normalize == "softmax":
-            mass = attention.sum(2, keepdim=True)
-            lse[group.candidates] = (peak + mass.log()).squeeze(2).t()
-            mass.masked_fill_(mass == 0, 1)
-        out[group.candidates] = torch.bmm(attention, values).div_(mass).transpose(0, 1).flatten(1)
+            mass = torch.logsumexp(scores, 2)
+            lse_by_head[:, group.candidates] = mass
+            attention = torch.softmax(scores, 2)
+            if call.bias is not None or group.hidden is not None:  # which may hide all
+                attention.masked_fill_((mass == -math.inf).unsqueeze(2), 0)
+        else:
+            attention = read.hide_(group, _attention_(scores, lse, call.normalize))
+        out_by_head[:, group.candidates] = torch.bmm(attention, values)
 
 
 def _backward_groups(call: Call, grad_out: Tensor, delta: Tensor, lse: Tensor, grads: Gradients) -> None:
     read = _GroupReader(call)
     exact = [torch.zeros_like(g, dtype=call.dtype) for g in (grads.keys, grads.values)]
+    grad_by_head, upstream_by_head = read.heads(grads.query), read.heads(grad_out)
+    delta, mass = delta.t().unsqueeze(2), lse.masked_fill(lse == -math.inf, 0).t().unsqueeze(2)
     for group in _groups(call):
-        keys, values = read.tokens(call.keys, group.tokens), read.tokens(call.values, group.tokens)
-        query, upstream = (read.heads(x[group.candidates]) for x in (call.query, grad_out))
-        scores = read.scores(group, query, keys)
-        attention = read.attention_(group, scores, lse[group.candidates].t().unsqueeze(2))
+        keys, values = read.tokens(read.keys, group.tokens), read.tokens(read.values, group.tokens)
+        query, upstream = (read.candidates(x, group) for x in (read.query, upstream_by_head))
+        attention = read.scores(group, query, keys)
+        if call.normalize == "softmax":
+            attention.sub_(mass[:, group.candidates]).exp_()
+        else:
+            attention = read.hide_(group, _attention_(attention, lse, call.normalize))
         read.add(exact[1], group.tokens, torch.bmm(attention.mT, upstream))
         grad = torch.bmm(upstream, values.mT)
-        grad = _scores_backward_(grad, attention, delta[group.candidates].t().unsqueeze(2), call.normalize)
-        if group.hidden is not None:
-            grad.masked_fill_(group.hidden, 0)
+        grad = _scores_backward_(grad, attention, delta[:, group.candidates], call.normalize)
+        grad = read.hide_(group, grad)
         if grads.bias is not None:
             by_token = grad.sum(1).t()
             grads.bias[group.tokens] += by_token if grads.bias.shape[1] > 1 else by_token.sum(1, keepdim=True)
         grad.mul_(call.scale)
-        grads.query[group.candidates] = torch.bmm(grad, keys).transpose(0, 1).flatten(1)
+        grad_by_head[:, group.candidates] = torch.bmm(grad, keys)
         read.add(exact[0], group.tokens, torch.bmm(grad.mT, query))
     grads.keys.copy_(exact[0])
     grads.values.copy_(exact[1])
