@@ -214,8 +214,7 @@ def attention(s, valid, log_mass, SPEC: tl.constexpr, MASKED: tl.constexpr):
     """The attention from scores, zero where MASKED and not valid; `log_mass`, in base 2, broadcasts."""
     APPROX: tl.constexpr = get(SPEC, "approx")
     if get(SPEC, "normalize") == "softmax" or get(SPEC, "normalize") == "exp":
-        if get(SPEC, "normalize") == "softmax":
-            s -= log_mass
+        s -= log_mass  # for exp 0, or infinite to hide
         if MASKED:
             s = tl.where(valid, s, float("-inf"))
         return exp2(s, APPROX)

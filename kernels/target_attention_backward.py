@@ -72,12 +72,15 @@ def _attend_backward(
     grad = attention_backward(grad, a, met, bias_factor(data.scale, SPEC), delta[None, :], SPEC, not FULL)
     token = tl.arange(0, valid.shape[0])
     if get(SPEC, "bias_heads"):
-        # A token has one column to a head that is not zero.
         place = grad_bias + start * HEADS + group * get(SPEC, "heads_together")
-        place = place + token[:, None] * HEADS + head[None, :]
-        column = tl.arange(0, get(SPEC, "columns"))
-        alive = column < get(SPEC, "together") * get(SPEC, "heads_together")
-        tl.store(place, grad, mask=met & alive[None, :])
+        if get(SPEC, "heads_together") == 1:
+            # All columns but one are zero.
+            tl.store(place + token * HEADS, tl.sum(grad, 1), mask=valid)
+        else:
+            column = tl.arange(0, get(SPEC, "columns"))
+            alive = column < get(SPEC, "together") * get(SPEC, "heads_together")
+            place = place + token[:, None] * HEADS + head[None, :]
+            tl.store(place, grad, mask=met & alive[None, :])
         grad *= data.scale
     acc = accumulate(k, grad.to(k[0].dtype), acc, PRECISION)
     KEYS: tl.constexpr = key_width(SPEC)
@@ -143,7 +146,8 @@ def _backward_kernel(data, upstream, grad_query, grad_key, grad_value, grad_bias
         origin = begin.to(tl.int64)
         bounds = ((first_row - origin).to(tl.int32), (tl.minimum(last_row, stop) - origin).to(tl.int32))
         place = owner.to(tl.int64) * HEADS + group * get(SPEC, "heads_together") + head
-        log_mass = tl.load(upstream.lse + place, mask=live, other=0.0) * LOG2_E
+        # A column that is none attends to nothing, whatever the bias.
+        log_mass = tl.load(upstream.lse + place, mask=live, other=float("inf")) * LOG2_E
         # Where nothing is seen it is -inf, and so are all scores: their difference would be NaN.
         log_mass = tl.where(log_mass == float("-inf"), 0.0, log_mass)
         queries = (

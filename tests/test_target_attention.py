@@ -251,6 +251,17 @@ def test_large_scores_do_not_overflow(backend: str) -> None:
             check(variant(scale=scale, lengths=[0, 40, 1, 64], candidates=candidates), backend)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("candidates", [None, (3, 20)], ids=["one query", "candidates"])
+def test_a_large_bias_changes_nothing_in_a_softmax(candidates: tuple[int, ...] | None, backend: str) -> None:
+    case = variant(bias="shared", lengths=[0, 40, 3], slack=0, candidates=candidates)
+    tensors = case.tensors()
+    tensors["bias"] = torch.full_like(tensors["bias"], 256.0)
+    expected = exact(case, tensors)
+    for name, result in run(case, backend, tensors).items():
+        torch.testing.assert_close(result.double(), expected[name], rtol=1e-3, atol=1e-4, msg=name)
+
+
 @pytest.mark.parametrize("lengths", HISTORIES.values(), ids=HISTORIES)
 def test_the_composite_path_gives_the_same_wherever_it_cuts_blocks(
     lengths: list[int], monkeypatch: pytest.MonkeyPatch
