@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import settings
+from . import self_attention_settings as settings
 from .arguments import get
 from .primitives import LN_2, exp2, zero_rows
 from .scores import (

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import settings
+from . import self_attention_settings as settings
 from .arguments import get
 from .primitives import LOG2_E, exp2, scale, zero_rows
 from .scores import (

@@ -241,70 +241,16 @@ def can_split(dim: int, hidden: tuple[int, ...], device: torch.device) -> bool:
 def programs(launch: Launch, rows: int, device: torch.device) -> int:
     """How many programs share `rows` rows."""
     least = 1 if _assumed_short is None else 2  # so that what joins their parts is launched
-    return max(least, min(-(-rows // launch.least_rows), _multiprocessors(device) * launch.programs_per_sm))
+    return max(least, min(-(-rows // launch.least_rows), multiprocessors(device) * launch.programs_per_sm))
 
 
 def chunk_rows(launch: Launch, light: Launch, device: torch.device) -> int:
     """The rows of a chunk of wide backward: a tile for each program that runs at once, rounded up to whole programs of
     the `light` launch, whose rows are a multiple of a tile's."""
-    return _round_up(_multiprocessors(device) * launch.programs_per_sm * launch.block, light.least_rows)
+    return _round_up(multiprocessors(device) * launch.programs_per_sm * launch.block, light.least_rows)
 
 
-def _multiprocessors(device: torch.device) -> int:
+def multiprocessors(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).multi_processor_count
     return 1 << 10  # where there is none to fill, enough not to matter
-
-
-# ------------------------------------------------------------------------------------------------ self_attention
-
-
-class AttentionLaunch(NamedTuple):
-    block: int  # rows of a program
-    step: int  # columns of a tile without a mask
-    edge: int  # and of one with it
-    slab: int  # widest slab of queries, keys and values
-    num_warps: int
-    num_stages: int
-
-
-# "plain" is without bias and dropout, whose tiles need registers of their own, "rich" with both; "broad" has heads
-# wider than NARROW.
-SELF_ATTENTION = {
-    ("plain forward", "half"): AttentionLaunch(32, 64, 32, 64, 1, 2),
-    ("plain forward", "tf32"): AttentionLaunch(32, 32, 16, 32, 2, 2),
-    ("plain forward", "ieee"): AttentionLaunch(32, 32, 16, 32, 2, 1),
-    ("forward", "half"): AttentionLaunch(32, 32, 16, 64, 1, 2),
-    ("forward", "tf32"): AttentionLaunch(32, 32, 16, 32, 2, 2),
-    ("forward", "ieee"): AttentionLaunch(32, 16, 16, 32, 2, 1),
-    ("queries", "half"): AttentionLaunch(32, 16, 16, 64, 1, 2),
-    ("queries", "tf32"): AttentionLaunch(32, 32, 16, 32, 2, 2),
-    ("queries", "ieee"): AttentionLaunch(32, 16, 16, 32, 2, 1),
-    ("keys", "half"): AttentionLaunch(32, 16, 16, 64, 1, 2),
-    ("keys", "tf32"): AttentionLaunch(32, 16, 16, 32, 2, 2),
-    ("keys", "ieee"): AttentionLaunch(32, 16, 16, 32, 2, 1),
-    ("rich keys", "half"): AttentionLaunch(32, 16, 16, 64, 2, 2),
-    ("rich keys", "tf32"): AttentionLaunch(32, 16, 16, 32, 2, 2),
-    ("rich keys", "ieee"): AttentionLaunch(16, 16, 16, 32, 2, 1),
-    ("broad forward", "half"): AttentionLaunch(32, 16, 16, 64, 1, 2),
-    ("broad keys", "half"): AttentionLaunch(32, 16, 16, 64, 2, 2),
-    ("broad keys", "tf32"): AttentionLaunch(16, 16, 16, 32, 2, 2),
-    ("broad forward", "ieee"): AttentionLaunch(16, 16, 16, 32, 2, 1),
-    ("broad queries", "ieee"): AttentionLaunch(16, 16, 16, 32, 2, 1),
-    ("broad keys", "ieee"): AttentionLaunch(16, 16, 16, 32, 2, 1),
-    ("table", "half"): AttentionLaunch(32, 16, 16, 64, 1, 1),
-    ("table", "tf32"): AttentionLaunch(32, 16, 16, 32, 2, 1),
-    ("table", "ieee"): AttentionLaunch(32, 16, 16, 32, 2, 1),
-}
-
-
-def self_attention(kernel: str, call: Any) -> AttentionLaunch:
-    """Settings of `"forward"`, or of the kernel for the gradients of `"queries"`, `"keys"` or `"table"`."""
-    products = precision(call.q.dtype)
-    if max(call.dim, call.value_dim) > NARROW and ("broad " + kernel, products) in SELF_ATTENTION:
-        kernel = "broad " + kernel
-    elif kernel == "forward" and call.table is None and not call.dropout:
-        kernel = "plain forward"
-    elif kernel == "keys" and call.table is not None and call.dropout:
-        kernel = "rich keys"
-    return SELF_ATTENTION[kernel, products]

@@ -45,6 +45,8 @@ def source(kernel: Any, args: tuple[Any, ...], constants: dict[str, Any]) -> AST
         if isinstance(value, tuple):
             kinds = [kind(v, (*path, i)) for i, v in enumerate(value)]
             return type(value)(*kinds) if hasattr(value, "_fields") else tuple(kinds)
+        if isinstance(value, float):
+            return "fp32"
         assert isinstance(value, int), value
         return "i32"
 

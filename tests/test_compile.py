@@ -48,6 +48,13 @@ KERNELS = {
         "_keys_kernel",
         "_table_kernel",
     },
+    "target_attention": {
+        "_forward_kernel",
+        "_backward_kernel",
+        "_join_kernel",
+        "_candidates_forward_kernel",
+        "_candidates_backward_kernel",
+    },
 }
 PRODUCTS = ["bf16", "fp16", "tf32", "fp32"]
 

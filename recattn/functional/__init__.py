@@ -5,6 +5,7 @@ from recattn.functional.activation_unit_statistics import activation_unit_statis
 from recattn.functional.attentional_gru import attentional_gru
 from recattn.functional.checks import check_choice
 from recattn.functional.self_attention import self_attention
+from recattn.functional.target_attention import target_attention
 from recattn.ops.activation_unit import ACTIVATIONS, FEATURES, NORMALIZATIONS
 from recattn.ops.attentional_gru import KINDS, UPDATES
 
@@ -19,4 +20,5 @@ __all__ = [
     "attentional_gru",
     "check_choice",
     "self_attention",
+    "target_attention",
 ]

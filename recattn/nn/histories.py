@@ -57,8 +57,8 @@ class Histories:
                 )
             rows, offsets = pack(valid)
             return cls(keys.flatten(0, 1), _flat(values), offsets, rows, True, valid)
-        history = _jagged(keys)
-        return cls(history.values, None if values is None else _jagged(values).values, history.offsets)
+        history = as_jagged(keys)
+        return cls(history.values, None if values is None else as_jagged(values).values, history.offsets)
 
     def packed(self) -> tuple[Jagged, Tensor | None]:
         """The keys and the values end to end."""
@@ -77,6 +77,15 @@ class Histories:
         return history if isinstance(keys, Jagged) else history.to_nested()
 
 
+def as_jagged(x: Jagged | Tensor, lengths: Tensor | None = None, mask: Tensor | None = None) -> Jagged:
+    """Jagged sequences of any layout; a padded batch, which has lengths or a mask, is copied."""
+    if isinstance(x, Jagged):
+        return x
+    if x.is_nested:
+        return Jagged.from_nested(x)
+    return Jagged.from_padded(x, lengths=lengths, mask=mask)
+
+
 def _ids(
     ids: Jagged | Tensor, lengths: Tensor | None, mask: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -89,12 +98,8 @@ def _ids(
         valid = valid_positions(ids, lengths, mask)
         rows, offsets = pack(valid)
         return ids.flatten().index_select(0, rows), offsets, valid
-    history = _jagged(ids)
+    history = as_jagged(ids)
     return history.values, history.offsets, None
-
-
-def _jagged(x: Jagged | Tensor) -> Jagged:
-    return x if isinstance(x, Jagged) else Jagged.from_nested(x)
 
 
 def _flat(x: Tensor | None) -> Tensor | None:

@@ -4,6 +4,7 @@ from recattn.reference.activation_unit import activation_unit, activation_unit_p
 from recattn.reference.activation_unit_statistics import activation_unit_statistics
 from recattn.reference.attentional_gru import attentional_gru, attentional_gru_padded
 from recattn.reference.self_attention import self_attention, self_attention_padded
+from recattn.reference.target_attention import target_attention, target_attention_padded
 
 __all__ = [
     "activation_unit",
@@ -13,4 +14,6 @@ __all__ = [
     "attentional_gru_padded",
     "self_attention",
     "self_attention_padded",
+    "target_attention",
+    "target_attention_padded",
 ]
