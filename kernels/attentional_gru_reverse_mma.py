@@ -1,7 +1,6 @@
 """attentional_gru's recurrence back in 16 bits on NVIDIA GPUs, its layouts written out as those of the way there.
 
-The gradients of a step's pre-activations cross shared memory, in two buffers each that take turns: one barrier per
-step.
+The gradients of pre-activations cross shared memory, in two buffers each that take turns: one barrier per step.
 """
 
 from __future__ import annotations
