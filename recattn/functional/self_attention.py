@@ -53,7 +53,8 @@ def self_attention(
 
     All floating tensors are of one dtype (float16, bfloat16, float32; float64 without a fused kernel) and on one
     device; under autocast they are cast to its dtype. float32 products follow
-    `torch.get_float32_matmul_precision()`. They are differentiable, once. Nothing waits for the device where a kernel covers the call.
+    `torch.get_float32_matmul_precision()`. They are differentiable, once. Nothing waits for the device where a kernel
+    covers the call.
 
     Returns:
         `[T, H·dv]`, zero for slack.
