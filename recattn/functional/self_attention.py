@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from recattn.backend import requested_backend
-from recattn.composite.dropout import draw_seed
+from recattn.composite.score_dropout import draw_seed
 from recattn.functional import checks
 from recattn.functional.checks import autocast, check_choice, check_tensor, expect_tensor
 from recattn.jagged import Jagged, check_offsets
