@@ -13,8 +13,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .arguments import get
-from .pair_dropout import kept, row_keys
 from .primitives import LOG2_E, columns, dot, load_rows, slab_count, slab_inside, store_rows
+from .score_dropout import kept, row_keys
 from .spans import columns_met, spans_of
 
 

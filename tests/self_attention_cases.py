@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from recattn import functional
-from recattn.composite.pair_dropout import draw_seed
+from recattn.composite.score_dropout import draw_seed
 from recattn.jagged import offsets_of
 from recattn.reference import self_attention
 

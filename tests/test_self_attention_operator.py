@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from recorded_launches import recorded_launches
 from self_attention_cases import Case, call, variant
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
@@ -107,6 +108,19 @@ def test_a_second_derivative_raises() -> None:
     (grad,) = torch.autograd.grad(out.sum(), q, create_graph=True)
     with pytest.raises(NotImplementedError, match="self_attention: a second derivative"):
         grad.sum().backward()
+
+
+def test_neither_lengths_nor_batch_sizes_compile_kernels_anew() -> None:
+    generator = torch.Generator().manual_seed(0)
+    specs: dict[str, set[Any]] = {}
+    for batch in range(1, 31):
+        case = variant(lengths=torch.randint(0, 40, (batch,), generator=generator).tolist(), buckets=5)
+        with recorded_launches() as launches, recattn.backend("triton"):
+            call(functional.self_attention, case, case.tensors())
+        for kernel, _, constants in launches:
+            specs.setdefault(kernel.fn.__name__, set()).add(tuple(sorted(constants.items())))
+    names = ("_spans_kernel", "_forward_kernel", "_queries_kernel", "_keys_kernel", "_table_kernel")
+    assert {name: len(kinds) for name, kinds in specs.items()} == dict.fromkeys(names, 1)
 
 
 def test_scores_are_never_held() -> None:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from recattn.composite.pair_dropout import kept
+from recattn.composite.score_dropout import kept
 
 # Bytes of a block of scores, by device.
 BLOCK_BYTES = {"cpu": 1 << 20, "cuda": 1 << 28}

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from recattn.backend import requested_backend
-from recattn.composite.pair_dropout import draw_seed
+from recattn.composite.score_dropout import draw_seed
 from recattn.functional import checks
 from recattn.functional.checks import autocast, check_choice, check_tensor, expect_tensor
 from recattn.jagged import Jagged, check_offsets
@@ -53,8 +53,8 @@ def self_attention(
 
     All floating tensors are of one dtype (float16, bfloat16, float32; float64 without a fused kernel) and on one
     device; under autocast they are cast to its dtype. float32 products follow
-    `torch.get_float32_matmul_precision()`. They are differentiable, once. Nothing waits for the device
-    where a kernel covers the call.
+    `torch.get_float32_matmul_precision()`. They are differentiable, once. Nothing waits for the device where a kernel
+    covers the call.
 
     Returns:
         `[T, H·dv]`, zero for slack.

@@ -12,6 +12,7 @@ from recattn import functional
 from recattn.functional.target_attention import NORMALIZATIONS
 from recattn.jagged import Jagged
 from recattn.nn.activation_unit import ActivationUnit
+from recattn.nn.histories import as_jagged
 from recattn.nn.twin import Twin
 from recattn.reference import target_attention_padded
 

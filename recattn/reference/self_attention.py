@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from recattn.composite.pair_dropout import kept
+from recattn.composite.score_dropout import kept
 
 
 def self_attention(

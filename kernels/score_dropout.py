@@ -1,4 +1,4 @@
-"""Which elements dropout keeps, as `recattn/composite/pair_dropout.py` has it: hashes of a seed, a row and a column."""
+"""Which scores dropout keeps, as `recattn/composite/score_dropout.py` has it: hashes of a seed, a row, a column."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
 A row's two keys are hashes of the seed and the row. An element is hashed from its column by multiplications and
 shifts of 32 bits, with one key added before and the other between. All 32-bit numbers are held in int64, as PyTorch has
-no arithmetic for uint32; `kernels/dropout.py` computes the same.
+no arithmetic for uint32; `kernels/score_dropout.py` computes the same.
 """
 
 from __future__ import annotations
