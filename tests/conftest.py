@@ -39,3 +39,21 @@ def poisoned_memory() -> Iterator[None]:
         yield
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+PRECISIONS = {
+    "fp32": (torch.float32, "highest"),
+    "tf32": (torch.float32, "high"),
+    "bf16": (torch.bfloat16, "highest"),
+    "fp16": (torch.float16, "highest"),
+}
+
+
+@pytest.fixture(params=["fp32", "tf32", "bf16", pytest.param("fp16", marks=pytest.mark.slow)])
+def precision(request: pytest.FixtureRequest) -> Iterator[torch.dtype]:
+    """A dtype, with PyTorch's products of float32 as it wants them. fp16 takes the way of bf16 almost everywhere."""
+    dtype, products = PRECISIONS[request.param]
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(products)
+    yield dtype
+    torch.set_float32_matmul_precision(before)

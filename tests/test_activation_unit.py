@@ -14,12 +14,6 @@ from recattn import functional
 from recattn.kernels import settings
 
 ACTIVATIONS = ("sigmoid", "relu", "leaky_relu", "prelu", "silu", "gelu", "tanh", "identity", "dice")
-PRECISIONS = {
-    "fp32": (torch.float32, "highest"),
-    "tf32": (torch.float32, "high"),
-    "bf16": (torch.bfloat16, "highest"),
-    "fp16": (torch.float16, "highest"),
-}
 
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -33,15 +27,6 @@ def own_tiles_and_short_programs(monkeypatch: pytest.MonkeyPatch) -> Iterator[No
             monkeypatch.setitem(table, key, launch._replace(least_rows=24))
     with settings.assuming(short=False):
         yield
-
-
-@pytest.fixture(params=PRECISIONS)
-def precision(request: pytest.FixtureRequest) -> Iterator[torch.dtype]:
-    dtype, products = PRECISIONS[request.param]
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(products)
-    yield dtype
-    torch.set_float32_matmul_precision(before)
 
 
 def run(case: Case, backend: str, tensors: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
@@ -188,9 +173,9 @@ def test_gradients_are_bitwise_repeatable(backend: str) -> None:
 
 
 def test_any_schedule_gives_the_same_result(monkeypatch: pytest.MonkeyPatch) -> None:
-    case = variant(lengths=[5, 150, 0, 20, 1, 60])
+    case = variant(lengths=[5, 90, 0, 20, 1, 40])
     truth = exact(case, case.tensors())
-    for least_rows in (1, 7, 64, 10_000):
+    for least_rows in (3, 64, 10_000):
         for table in (settings.FORWARD, settings.BACKWARD_TOKENS, settings.BACKWARD_WEIGHTS):
             for key, launch in table.items():
                 monkeypatch.setitem(table, key, launch._replace(least_rows=least_rows))

@@ -33,7 +33,7 @@ def short_programs(monkeypatch: pytest.MonkeyPatch) -> None:
             monkeypatch.setitem(table, key, launch._replace(least_rows=24))
 
 
-@pytest.fixture(params=PRECISIONS)
+@pytest.fixture(params=["bf16", "tf32", pytest.param("fp16", marks=pytest.mark.slow)])
 def precision(request: pytest.FixtureRequest) -> Iterator[torch.dtype]:
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high")

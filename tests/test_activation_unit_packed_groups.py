@@ -13,7 +13,7 @@ from recattn.kernels import settings
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
-HALVES = [torch.bfloat16, torch.float16]
+HALVES = [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)]
 SHORT = [3, 0, 7, 1, 5, 2, 9, 4, 1, 6, 3, 8, 2, 11, 0, 4, 5, 1, 2]
 
 

@@ -70,7 +70,7 @@ def test_candidates_share_their_history_in_the_composite_path(
 
 
 @pytest.mark.parametrize("normalize", ["softmax", "exp", "sigmoid", "none"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)])
 def test_many_candidates_share_tiles(normalize: str, dtype: torch.dtype) -> None:
     case = variant(
         lengths=(100, 0, 33, 7),

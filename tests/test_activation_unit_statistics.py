@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -17,12 +16,6 @@ from recattn.kernels import settings
 from recattn.ops.activation_unit_statistics import forward_op
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
-PRECISIONS = {
-    "fp32": (torch.float32, "highest"),
-    "tf32": (torch.float32, "high"),
-    "bf16": (torch.bfloat16, "highest"),
-    "fp16": (torch.float16, "highest"),
-}
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
 
@@ -32,15 +25,6 @@ def short_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     for table in (settings.FORWARD, settings.BACKWARD_TOKENS, settings.BACKWARD_WEIGHTS):
         for key, launch in table.items():
             monkeypatch.setitem(table, key, launch._replace(least_rows=24))
-
-
-@pytest.fixture(params=PRECISIONS)
-def precision(request: pytest.FixtureRequest) -> Iterator[torch.dtype]:
-    dtype, products = PRECISIONS[request.param]
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(products)
-    yield dtype
-    torch.set_float32_matmul_precision(before)
 
 
 def check(case: Case, layer: int, backend: str = "torch") -> None:

@@ -47,7 +47,7 @@ def products_in_tf32() -> Iterator[None]:
     torch.set_float32_matmul_precision(before)
 
 
-@pytest.fixture(params=PRECISIONS)
+@pytest.fixture(params=["tf32", "bf16", pytest.param("fp16", marks=pytest.mark.slow)])
 def dtype(request: pytest.FixtureRequest) -> torch.dtype:
     return PRECISIONS[request.param]
 

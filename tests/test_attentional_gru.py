@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from attentional_gru_cases import CELLS, HISTORIES, Case, assert_within_budget, call, variant
@@ -14,12 +12,6 @@ import recattn.reference
 from recattn import functional
 from recattn.composite import attentional_gru as composite
 
-PRECISIONS = {
-    "fp32": (torch.float32, "highest"),
-    "tf32": (torch.float32, "high"),
-    "bf16": (torch.bfloat16, "highest"),
-    "fp16": (torch.float16, "highest"),
-}
 BACKENDS = ("triton", "torch")
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -29,15 +21,6 @@ pytestmark = pytest.mark.usefixtures("poisoned_memory")
 def short_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks small enough that the histories of a test take several."""
     monkeypatch.setitem(composite.BLOCK_ROWS, "cpu", 24)
-
-
-@pytest.fixture(params=PRECISIONS)
-def precision(request: pytest.FixtureRequest) -> Iterator[torch.dtype]:
-    dtype, products = PRECISIONS[request.param]
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(products)
-    yield dtype
-    torch.set_float32_matmul_precision(before)
 
 
 def run(case: Case, backend: str, tensors: dict[str, Tensor] | None = None) -> dict[str, Tensor]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from self_attention_cases import SEQUENCES, Case, assert_within_budget, call, variant
@@ -12,12 +10,6 @@ from torch import Tensor
 import recattn
 from recattn import functional
 
-PRECISIONS = {
-    "fp32": (torch.float32, "highest"),
-    "tf32": (torch.float32, "high"),
-    "bf16": (torch.bfloat16, "highest"),
-    "fp16": (torch.float16, "highest"),
-}
 KINDS = {
     "full": {},
     "causal": {"causal": True},
@@ -32,15 +24,6 @@ BIASES = {
 }
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
-
-
-@pytest.fixture(params=PRECISIONS)
-def precision(request: pytest.FixtureRequest) -> Iterator[torch.dtype]:
-    dtype, products = PRECISIONS[request.param]
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(products)
-    yield dtype
-    torch.set_float32_matmul_precision(before)
 
 
 def run(case: Case, backend: str, tensors: dict[str, Tensor] | None = None) -> dict[str, Tensor]:

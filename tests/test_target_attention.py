@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -15,12 +14,6 @@ from recattn import functional
 from recattn.composite import target_attention as composite
 from recattn.kernels import target_attention_settings as settings
 
-PRECISIONS = {
-    "fp32": (torch.float32, "highest"),
-    "tf32": (torch.float32, "high"),
-    "bf16": (torch.bfloat16, "highest"),
-    "fp16": (torch.float16, "highest"),
-}
 BACKENDS = ("triton", "torch")
 CANDIDATES = (0, 3, 40, 66)
 
@@ -33,15 +26,6 @@ def short_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     for table in (settings.QUERY_FORWARD, settings.QUERY_BACKWARD):
         for key, launch in table.items():
             monkeypatch.setitem(table, key, launch._replace(least_rows=24))
-
-
-@pytest.fixture(params=PRECISIONS)
-def precision(request: pytest.FixtureRequest) -> Iterator[torch.dtype]:
-    dtype, products = PRECISIONS[request.param]
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(products)
-    yield dtype
-    torch.set_float32_matmul_precision(before)
 
 
 def run(
@@ -122,9 +106,9 @@ def test_programs_that_share_a_history_of_candidates_give_the_same(
 
 
 def test_any_schedule_gives_the_same_result(monkeypatch: pytest.MonkeyPatch) -> None:
-    case = variant(lengths=[5, 150, 0, 20, 1, 60], heads=2)
+    case = variant(lengths=[5, 90, 0, 20, 1, 40], heads=2)
     truth = exact(case, case.tensors())
-    for least_rows in (1, 7, 64, 10_000):
+    for least_rows in (3, 64, 10_000):
         for table in (settings.QUERY_FORWARD, settings.QUERY_BACKWARD):
             for key, launch in table.items():
                 monkeypatch.setitem(table, key, launch._replace(least_rows=least_rows))

@@ -14,10 +14,8 @@ VALIDATE = os.environ.get("RECATTN_VALIDATE", "0") not in ("", "0")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-def check_choice(name: str, value: str, choices: Sequence[str], planned: Sequence[str] = ()) -> None:
-    """Raises unless `value` is one of `choices`: NotImplementedError for what is planned, else ValueError."""
-    if value in planned:
-        raise NotImplementedError(f"{name}: {value!r} is not built yet; there are {', '.join(choices)}")
+def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
+    """Raises unless `value` is one of `choices`."""
     if value not in choices:
         raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")
 
