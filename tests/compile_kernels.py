@@ -17,13 +17,13 @@ from typing import Any
 
 import torch
 import triton
+from recattn.kernels import settings
 from recorded_launches import recorded_launches
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
 
 import recattn
-from recattn.kernels import settings
 
 POINTERS = {
     torch.float32: "*fp32",

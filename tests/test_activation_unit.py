@@ -7,11 +7,11 @@ from collections.abc import Iterator
 import pytest
 import torch
 from activation_unit_cases import HISTORIES, Case, assert_within_budget, call, exact, variant
+from recattn.kernels import settings
 from torch import Tensor
 
 import recattn
 from recattn import functional
-from recattn.kernels import settings
 
 ACTIVATIONS = ("sigmoid", "relu", "leaky_relu", "prelu", "silu", "gelu", "tanh", "identity", "dice")
 

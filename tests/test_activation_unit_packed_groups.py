@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from activation_unit_cases import HISTORIES, Case, assert_within_budget, call, variant
+from recattn.kernels import settings
 from torch import Tensor
 
 import recattn
 from recattn import functional
-from recattn.kernels import settings
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 

@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 import torch
 from activation_unit_cases import Case, assert_within_budget, call, variant
+from recattn.kernels import settings
 from recorded_launches import recorded_launches
 from torch import Tensor
 
 import recattn
 from recattn import functional
 from recattn.jagged import offsets_of
-from recattn.kernels import settings
 from recattn.ops.candidates import Candidates
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")

@@ -9,10 +9,10 @@ import pytest
 import torch
 from activation_unit_cases import HISTORIES, Case, variant
 from activation_unit_statistics_cases import assert_statistics_within_budget, statistics
+from recattn.kernels import settings
 
 import recattn
 from recattn import functional
-from recattn.kernels import settings
 from recattn.ops.activation_unit_statistics import forward_op
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")

@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+from recattn.kernels import target_attention_settings as settings
 from target_attention_cases import HISTORIES, Case, assert_within_budget, call, exact, variant
 from torch import Tensor
 
 import recattn
 from recattn import functional
 from recattn.composite import target_attention as composite
-from recattn.kernels import target_attention_settings as settings
 
 BACKENDS = ("triton", "torch")
 CANDIDATES = (0, 3, 40, 66)
