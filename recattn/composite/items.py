@@ -57,7 +57,7 @@ class Items:
     def gradient_of(self, x: Tensor) -> Tensor:
         """Room for the gradient of keys or values."""
         if self.scatter:
-            return x.new_zeros(x.shape[0] + 1, x.shape[1])  # the last for slack
+            return x.new_zeros(x.shape[0] + (self.slack is not None), x.shape[1])  # the last for slack
         if self.shift is not None:
             return x.new_zeros(self.positions, x.shape[1], dtype=self.dtype)
         return x.new_empty(self.positions, x.shape[1])
@@ -87,7 +87,7 @@ class Items:
     def finished(self, gradient: Tensor, dtype: torch.dtype) -> Tensor:
         """The gradient, zero where nothing was put."""
         if self.scatter:
-            return gradient[:-1]
+            return gradient if self.slack is None else gradient[:-1]
         if self.shift is None:
             zero_slack_(gradient, self.histories.offsets)
         return gradient.to(dtype)
