@@ -105,12 +105,11 @@ class TargetAttention(Twin):
         Raises:
             TypeError, ValueError: as `recattn.functional.target_attention`, and if lengths or a mask come with keys
                 that are not padded, or neither with keys that are.
-            NotImplementedError: for candidates that share a history scored by a network.
         """
         if self.unit is not None:
-            if query_offsets is not None:
-                raise NotImplementedError(f"query_offsets: not built yet for score={self.score!r}")
-            pooled: Tensor = self.unit(query, keys, lengths=lengths, mask=mask, values=values)
+            pooled: Tensor = self.unit(
+                query, keys, lengths=lengths, mask=mask, values=values, query_offsets=query_offsets
+            )
             return pooled
         padded = isinstance(keys, Tensor) and not keys.is_nested
         if not padded and (lengths is not None or mask is not None):
