@@ -67,6 +67,21 @@ class Jagged:
             raise ValueError(f"values: expected {self.values.shape[0]} rows, got {tuple(values.shape)}")
         return Jagged(values, self.offsets)
 
+    def select(self, mask: Tensor) -> Jagged:
+        """The rows of each sequence where `mask [T]`, bool, holds, in their order.
+
+        Nothing is copied to the host: on an accelerator the result has T rows, the last of which are slack.
+        """
+        if mask.dtype != torch.bool:
+            raise TypeError(f"mask: expected bool, got {mask.dtype}")
+        _same_shape("mask", mask, tuple(self.values.shape[:1]))
+        rows, offsets = select_rows(self.offsets, mask)
+        return Jagged(self.values.index_select(0, rows), offsets)
+
+    def mean(self) -> Tensor:
+        """`[B, ...]`, the mean of the rows of each sequence; 0 of an empty one."""
+        return torch.segment_reduce(self.values, "mean", offsets=self.offsets, axis=0, unsafe=True, initial=0)
+
     def validate(self) -> Jagged:
         """Checks the contents of the offsets, which costs a synchronisation with the device.
 
@@ -214,6 +229,17 @@ def pack(valid: Tensor) -> tuple[Tensor, Tensor]:
     place = torch.where(flat, flat.cumsum(0) - 1, flat.numel())
     rows.scatter_(0, place, torch.arange(flat.numel(), device=valid.device))
     return rows[:-1], offsets_of(valid.sum(1))
+
+
+def select_rows(offsets: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Of sequences over `offsets [B + 1]` the rows where `mask [T]` holds, and the offsets of the sequences among
+    them. On the CPU as many rows as there are; on an accelerator, which nothing waits for, T with zeros at the end."""
+    total = mask.shape[0]
+    mask = mask & (torch.arange(total, device=mask.device) < offsets[-1])
+    chosen = offsets_of(mask).index_select(0, offsets.to(torch.int64)).to(offsets.dtype)
+    if mask.device.type == "cpu":
+        return mask.nonzero().squeeze(1), chosen
+    return pack(mask[None])[0], chosen
 
 
 def unpack(values: Tensor, valid: Tensor) -> Tensor:

@@ -13,11 +13,11 @@ from itertools import count, islice
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from recattn.data import Batch, Examples
 from recattn.metrics import auc, grouped_auc
+from recattn.models import RankingModel
 
 TURN = 8  # batches
 
@@ -34,7 +34,7 @@ class Curve:
 
 
 def train_side_by_side(
-    models: Mapping[str, nn.Module],
+    models: Mapping[str, RankingModel],
     train: Examples,
     test: Examples,
     *,
@@ -45,7 +45,7 @@ def train_side_by_side(
     device: torch.device,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Curve]:
-    """Trains each model with Adam on binary cross-entropy, all on the same batches in the same order.
+    """Trains each model with Adam on its loss, all on the same batches in the same order.
 
     The models take turns of a few batches, in an order that is reversed from turn to turn, so that whatever
     else goes on in the machine falls on all of them. Random numbers begin from one seed in each turn, so
@@ -101,7 +101,7 @@ def predict(model: nn.Module, examples: Examples, batch_size: int, device: torch
 class _Run:
     """A model in training, and what it has taken in this epoch so far."""
 
-    def __init__(self, model: nn.Module, lr: float, device: torch.device) -> None:
+    def __init__(self, model: RankingModel, lr: float, device: torch.device) -> None:
         self.model, self.device, self.curve = model, device, Curve()
         self.optimizer = torch.optim.Adam(model.parameters(), lr=lr)
         self.memory = PeakMemory(device)
@@ -116,7 +116,7 @@ class _Run:
         with self.memory.measured():
             begin = time.perf_counter()
             for batch in batches:
-                loss = F.binary_cross_entropy_with_logits(self.model(batch), batch.label)
+                loss = self.model.loss(batch)
                 self.optimizer.zero_grad()
                 loss.backward()
                 self.optimizer.step()

@@ -52,6 +52,19 @@ def test_histories_are_those_of_a_brute_force_loop(history: str, max_history: in
     assert torch.equal(batch.history_category.values, batch.history.values % 4)
     assert torch.equal(batch.category, batch.item % 4)
     assert batch.label.tolist() == (log.rating >= 4).float().tolist()
+    assert batch.timestamp.tolist() == log.timestamp.tolist()
+
+
+def test_what_is_in_a_history_comes_with_its_time_and_whether_it_was_liked() -> None:
+    # Items count up with the rows of the log, so an item tells the row.
+    generator = torch.Generator().manual_seed(1)
+    user, time = (torch.randint(0, 4, (50,), generator=generator).sort().values for _ in range(2))
+    rating = torch.randint(1, 6, (50,), generator=generator).float()
+    log = Interactions.from_log(user, torch.arange(50), rating, time, torch.zeros(50).long())
+    batch = log.examples(positive=3, max_history=7).batch(torch.arange(10, 50))
+    rows = batch.history.values
+    assert torch.equal(batch.history_timestamp.values, time[rows])
+    assert torch.equal(batch.history_liked.values, rating[rows] >= 3)
 
 
 def test_nothing_at_or_after_the_target_s_timestamp_is_in_its_history() -> None:

@@ -88,3 +88,13 @@ def test_a_random_batch_holds_ids_in_range_and_popular_items_more_often() -> Non
     assert len(counts) == 40
     assert int(counts[0]) > 3 * int(counts[10:20].max())
     assert torch.equal(batch.history_category.values, batch.history.values % 3)
+
+
+def test_a_random_batch_goes_forward_in_time() -> None:
+    batch = random_batch(torch.tensor([5, 0, 30]), num_users=3, num_items=9, num_categories=2)
+    assert batch.timestamp is not None
+    assert batch.history_timestamp is not None
+    for index in (0, 2):
+        begin, end = batch.history.offsets[index : index + 2]
+        times = [*batch.history_timestamp.values[begin:end].tolist(), int(batch.timestamp[index])]
+        assert times == sorted(times)

@@ -337,3 +337,36 @@ def test_a_total_that_is_too_small_never_leaves_offsets_past_the_rows() -> None:
     packed = Jagged.from_padded(torch.arange(12.0).reshape(3, 4), lengths=torch.tensor([2, 4, 3]), total=5)
     assert packed.values.tolist() == [0, 1, 4, 5, 6]
     assert packed.validate().lengths.tolist() == [2, 3, 0]
+
+
+def test_the_mean_is_that_of_each_sequence_and_zero_of_an_empty_one() -> None:
+    values = torch.tensor([[1.0], [3.0], [5.0], [float("nan")]], requires_grad=True)
+    mean = Jagged(values, torch.tensor([0, 2, 2, 3])).mean()
+    assert mean.tolist() == [[2.0], [0.0], [5.0]]
+    mean.sum().backward()
+    assert values.grad is not None
+    assert values.grad.tolist() == [[0.5], [0.5], [1.0], [0.0]]
+    assert Jagged(torch.zeros(0, 2), torch.tensor([0, 0])).mean().tolist() == [[0.0, 0.0]]
+
+
+def test_selected_rows_keep_their_sequence_and_order() -> None:
+    history = Jagged(torch.arange(8), torch.tensor([0, 3, 3, 6], dtype=torch.int32))
+    chosen = history.select(torch.tensor([True, False, True, False, True, True, True, False]))
+    assert chosen.values.tolist() == [0, 2, 4, 5]  # rows 6 and 7 are slack
+    assert chosen.offsets.tolist() == [0, 2, 2, 4]
+    assert chosen.offsets.dtype == torch.int32
+
+
+def test_selecting_on_an_accelerator_leaves_slack_and_asks_the_host_nothing() -> None:
+    history = Jagged(torch.empty(8, 5, device="meta"), torch.empty(4, dtype=torch.int64, device="meta"))
+    chosen = history.select(torch.empty(8, dtype=torch.bool, device="meta"))
+    assert chosen.values.shape == (8, 5)
+    assert chosen.batch_size == 3
+
+
+def test_a_selection_by_anything_but_a_bool_per_row_is_refused() -> None:
+    history = Jagged(torch.arange(3), torch.tensor([0, 3]))
+    with pytest.raises(TypeError, match=r"mask: expected bool, got torch\.int64"):
+        history.select(torch.tensor([0, 1, 1]))
+    with pytest.raises(ValueError, match=r"mask: expected \(3,\), got \(2,\)"):
+        history.select(torch.tensor([True, False]))

@@ -13,11 +13,8 @@ from typing import Any
 import torch
 
 from recattn.data import Interactions, fetch_movielens, read_movielens
-from recattn.models import DIN
-from recattn.nn import Twin
+from recattn.models import MODELS, RankingModel
 from recattn.training import Curve, train_side_by_side
-
-MODELS: dict[str, type[Twin]] = {"din": DIN}
 
 # How far apart the curves of one model computed in two ways may be.
 LOSS_TOLERANCE = 1e-3  # relative
@@ -118,7 +115,9 @@ def _device(name: str | None) -> torch.device:
     return device
 
 
-def _twins(args: argparse.Namespace, log: Interactions, device: torch.device) -> tuple[Twin, Twin]:
+def _twins(
+    args: argparse.Namespace, log: Interactions, device: torch.device
+) -> tuple[RankingModel, RankingModel]:
     """The model with fused layers, and a copy with eager ones."""
     torch.manual_seed(args.seed)
     model = MODELS[args.model](log.num_users, log.num_items, log.num_categories, dim=args.dim).to(device)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -21,6 +21,9 @@ class Batch:
         history: item ids, `[T]` int64, oldest first. Histories may be empty.
         history_category: their categories, `[T]` int64, over the offsets of `history`.
         label: `[B]`, 1.0 where the user liked the target, else 0.0.
+        timestamp: `[B]` int64, when the target was shown, in seconds. Models that use time need it, and
+        history_timestamp: when what is in the history happened, `[T]` int64.
+        history_liked: `[T]` bool, whether the user liked it. Models that tell likes from dislikes need it.
 
     Raises:
         ValueError: for shapes that disagree.
@@ -32,17 +35,22 @@ class Batch:
     history: Jagged
     history_category: Jagged
     label: Tensor
+    timestamp: Tensor | None = None
+    history_timestamp: Jagged | None = None
+    history_liked: Jagged | None = None
 
     def __post_init__(self) -> None:
-        for name in ("user", "item", "category", "label"):
-            shape = tuple(getattr(self, name).shape)
-            if shape != (self.history.batch_size,):
-                raise ValueError(f"{name}: expected [{self.history.batch_size}], got {list(shape)}")
-        if self.history_category.values.shape != self.history.values.shape:
-            raise ValueError(
-                f"history_category: expected values {list(self.history.values.shape)}, as the history, got"
-                f" {list(self.history_category.values.shape)}"
-            )
+        for name in ("user", "item", "category", "label", "timestamp"):
+            column = getattr(self, name)
+            if column is not None and tuple(column.shape) != (self.history.batch_size,):
+                raise ValueError(f"{name}: expected [{self.history.batch_size}], got {list(column.shape)}")
+        for name in ("history_category", "history_timestamp", "history_liked"):
+            column = getattr(self, name)
+            if column is not None and column.values.shape != self.history.values.shape:
+                raise ValueError(
+                    f"{name}: expected values {list(self.history.values.shape)}, as the history, got"
+                    f" {list(column.values.shape)}"
+                )
 
     @property
     def size(self) -> int:
@@ -52,11 +60,11 @@ class Batch:
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on another device."""
         history = self.history.to(device)
-        return Batch(
-            user=self.user.to(device),
-            item=self.item.to(device),
-            category=self.category.to(device),
-            history=history,
-            history_category=history.with_values(self.history_category.values.to(device)),
-            label=self.label.to(device),
-        )
+
+        def moved(column: Tensor | Jagged | None) -> Tensor | Jagged | None:
+            if isinstance(column, Jagged):
+                return history.with_values(column.values.to(device))
+            return None if column is None else column.to(device)
+
+        columns = {field.name: moved(getattr(self, field.name)) for field in fields(self)}
+        return Batch(**{**columns, "history": history})  # type: ignore[arg-type]

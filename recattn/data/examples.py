@@ -11,7 +11,7 @@ from torch import Tensor
 from recattn.data.batch import Batch
 from recattn.jagged import Jagged, offsets_of
 
-_SHARED = ("history_item", "history_category")
+_SHARED = ("history_item", "history_category", "history_timestamp", "history_liked")
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,7 +24,8 @@ class Examples:
         label: `[E]` float32, 0 or 1.
         timestamp: `[E]` int64.
         begin, end: `[E]` int64, into
-        history_item, history_category: `[S]` int64, sorted by user and then time.
+        history_item, history_category, history_timestamp: `[S]` int64, sorted by user and then time.
+        history_liked: `[S]` bool.
     """
 
     user: Tensor
@@ -36,6 +37,8 @@ class Examples:
     end: Tensor
     history_item: Tensor
     history_category: Tensor
+    history_timestamp: Tensor
+    history_liked: Tensor
 
     def __len__(self) -> int:
         return self.user.numel()
@@ -88,6 +91,9 @@ class Examples:
             history=history,
             history_category=history.with_values(self.history_category[source]),
             label=self.label[rows],
+            timestamp=self.timestamp[rows],
+            history_timestamp=history.with_values(self.history_timestamp[source]),
+            history_liked=history.with_values(self.history_liked[source]),
         )
 
     def batches(

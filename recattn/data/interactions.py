@@ -109,6 +109,8 @@ class Interactions:
             end=end,
             history_item=self.item[kept],
             history_category=self.item_category[self.item[kept]],
+            history_timestamp=self.timestamp[kept],
+            history_liked=liked[kept],
         )
 
     def history_lengths(self, max_history: int | None = None) -> Tensor:

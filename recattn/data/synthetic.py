@@ -89,7 +89,8 @@ def random_batch(
     """A batch of ids, on the CPU, with histories of these lengths, `[B]` integers.
 
     Items are drawn as popularity in logs goes, the i-th with a probability in proportion to 1 / (i + 1);
-    users and labels evenly. Item i is of category i modulo `num_categories`.
+    users and labels evenly. Item i is of category i modulo `num_categories`. Between two interactions
+    pass seconds to days; half of them were liked.
     """
     generator = torch.Generator().manual_seed(seed)
     batch, total = len(lengths), int(lengths.sum())
@@ -98,6 +99,8 @@ def random_batch(
     cumulative = popularity.cumsum(0) / popularity.sum()
     items = torch.searchsorted(cumulative, draws).clamp_max_(num_items - 1)
     history = Jagged(items[batch:], offsets_of(lengths))
+    gaps = torch.rand(batch + total, generator=generator).mul(12).exp().to(torch.int64)  # up to 2 days
+    timestamp = gaps[batch:].cumsum(0)
     return Batch(
         user=torch.randint(0, num_users, (batch,), generator=generator),
         item=items[:batch],
@@ -105,6 +108,9 @@ def random_batch(
         history=history,
         history_category=history.with_values(items[batch:] % num_categories),
         label=torch.randint(0, 2, (batch,), generator=generator).to(torch.float32),
+        timestamp=torch.nn.functional.pad(timestamp, (1, 0))[history.offsets[1:]] + gaps[:batch],
+        history_timestamp=history.with_values(timestamp),
+        history_liked=history.with_values(torch.rand(total, generator=generator) < 0.5),
     )
 
 

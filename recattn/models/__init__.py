@@ -1,5 +1,10 @@
 """Ranking models out of fused layers."""
 
 from recattn.models.din import DIN
+from recattn.models.dot_attention import DotAttention
+from recattn.models.mean_pooling import MeanPooling
+from recattn.models.ranking import RankingModel
 
-__all__ = ["DIN"]
+MODELS: dict[str, type[RankingModel]] = {"mean": MeanPooling, "dot": DotAttention, "din": DIN}
+
+__all__ = ["DIN", "MODELS", "DotAttention", "MeanPooling", "RankingModel"]

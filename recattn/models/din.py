@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from recattn.data import Batch
-from recattn.models.embedding import BatchEmbedding
 from recattn.models.mlp import mlp
-from recattn.nn import ActivationUnit, Twin
+from recattn.models.ranking import RankingModel
+from recattn.nn import ActivationUnit
 
 
-class DIN(Twin):
+class DIN(RankingModel):
     r"""Deep Interest Network: the user's interest in this item, out of the items of the history, each weighed
     by what it has to do with this one.
 
@@ -25,8 +25,7 @@ class DIN(Twin):
     where :math:`k_t` is item t of the history, embedded by the tables that embed the target.
 
     Args:
-        num_users, num_items, num_categories: how many ids there are of each.
-        dim: the width of each embedding; items are `2 * dim` wide.
+        num_users, num_items, num_categories, dim: see `RankingModel`.
         attention_hidden: the widths of the hidden layers of the activation unit.
         hidden: the widths of the hidden layers of the head, PReLU each.
         activation: of the activation unit; see `recattn.nn.ActivationUnit`.
@@ -58,8 +57,7 @@ class DIN(Twin):
         normalize: str = "softmax",
         dropout: float = 0.0,
     ) -> None:
-        super().__init__()
-        self.embedding = BatchEmbedding(num_users, num_items, num_categories, dim)
+        super().__init__(num_users, num_items, num_categories, dim)
         self.attention = ActivationUnit(2 * dim, attention_hidden, activation=activation, normalize=normalize)
         self.head = mlp(5 * dim, hidden, dropout=dropout)
 
