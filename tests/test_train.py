@@ -42,7 +42,7 @@ def test_it_trains_both_and_reports_a_figure_per_epoch(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(command(folder, "--json", str(folder / "out.json"))) == 0
-    report = json.loads((folder / "out.json").read_text())
+    (report,) = json.loads((folder / "out.json").read_text())
     assert set(report) == {"model", "fused", "eager"}
     assert report["model"] == "din"
     for name in ("fused", "eager"):
@@ -59,10 +59,21 @@ def test_it_trains_both_and_reports_a_figure_per_epoch(
     assert "The curves agree" in out
 
 
+def test_several_models_end_in_one_table(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    one = [option if option != "2" else "1" for option in command(folder)]
+    assert main([*one, "--model", "dot", "mean", "dot", "--json", str(folder / "out.json")]) == 0
+    reports = json.loads((folder / "out.json").read_text())
+    assert [report["model"] for report in reports] == ["dot", "mean"]
+    gap = reports[0]["fused"]["gauc"][-1] - reports[1]["fused"]["gauc"][-1]
+    out = capsys.readouterr().out
+    assert "All models" in out
+    assert f"{gap:+.4f}" in out
+
+
 def test_a_seed_fixes_the_curves(folder: Path) -> None:
     def losses(seed: int) -> list[float]:
         assert main(command(folder, "--seed", str(seed), "--json", str(folder / "out.json"))) == 0
-        return json.loads((folder / "out.json").read_text())["fused"]["loss"]
+        return json.loads((folder / "out.json").read_text())[0]["fused"]["loss"]
 
     first = losses(1)
     assert losses(1) == first

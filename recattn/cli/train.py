@@ -1,10 +1,11 @@
-"""`recattn train`: a model on a real log, fused and eager side by side."""
+"""`recattn train`: models on a real log, fused and eager side by side."""
 
 from __future__ import annotations
 
 import argparse
 import copy
 import json
+import statistics
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 
 import torch
 
-from recattn.data import Interactions, fetch_movielens, read_movielens
+from recattn.data import Examples, Interactions, fetch_movielens, read_movielens
 from recattn.models import MODELS, RankingModel
 from recattn.training import Curve, train_side_by_side
 
@@ -23,10 +24,17 @@ AUC_TOLERANCE = 2e-3
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
-        "Trains a model twice on MovieLens from the same initial weights, on the same batches in fp32, once"
+        "Trains each model twice on MovieLens from the same initial weights, on the same batches in fp32, once"
         " with fused layers and once with their eager twins. The latest fifth of the log is the test part."
     )
-    parser.add_argument("--model", choices=sorted(MODELS), default="din")
+    parser.add_argument(
+        "--model",
+        choices=[*MODELS, "all"],
+        nargs="+",
+        default=["din"],
+        metavar="NAME",
+        help=f"one or more of {', '.join(MODELS)}; or all",
+    )
     parser.add_argument("--epochs", type=_positive, default=3)
     parser.add_argument("--seed", type=int, default=0, help="of weights, order of examples and dropout")
     parser.add_argument("--device", help="default: cuda if there is one, else cpu")
@@ -45,8 +53,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--json",
         type=Path,
         metavar="FILE",
-        help="write, for fused and eager, a list per epoch of training loss, test auc, user-grouped auc"
-        " (gauc), seconds and peak_bytes",
+        help="write a list with a report per model: for fused and eager, a list per epoch of training loss,"
+        " test auc, user-grouped auc (gauc), seconds and peak_bytes",
     )
 
 
@@ -61,7 +69,6 @@ def run(args: argparse.Namespace) -> int:
     try:
         import sklearn.metrics  # noqa: F401 (which the AUC would miss only after an epoch)
         from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
     except ImportError as error:
         raise RuntimeError(f'{error.name} is not installed; pip install "recattn[bench]"') from error
     if args.json is not None and not args.json.absolute().parent.is_dir():
@@ -70,40 +77,58 @@ def run(args: argparse.Namespace) -> int:
         torch.set_num_threads(args.threads)
     device = _device(args.device)
     log = read_movielens(args.data if args.data is not None else fetch_movielens())
-    train, test = log.examples(max_history=args.max_history).split()
-    fused, eager = _twins(args, log, device)
-
+    parts = log.examples(max_history=args.max_history).split()
     console = Console()
-    lengths = train.history_lengths()
+    lengths = parts[0].history_lengths()
     console.print(
-        f"{log.num_users} users, {log.num_items} items, {len(train)} training and {len(test)} test examples;"
+        f"{log.num_users} users, {log.num_items} items, {len(parts[0])} training and {len(parts[1])} test examples;"
         f" histories of {float(lengths.double().mean()):.0f} on average, {int(lengths.max())} at most;"
         f" {device}, {args.batch_size} examples a batch"
     )
+    names = list(MODELS) if "all" in args.model else list(dict.fromkeys(args.model))
+    curves = {name: _train(name, args, log, parts, device, console) for name in names}
+    if len(names) > 1:
+        console.print(_summary(curves, device))
+    if args.json is not None:
+        reports = [
+            {"model": name, **{layers: asdict(curve) for layers, curve in of_model.items()}}
+            for name, of_model in curves.items()
+        ]
+        args.json.write_text(json.dumps(reports, indent=2) + "\n")
+    return 0
+
+
+def _train(
+    name: str,
+    args: argparse.Namespace,
+    log: Interactions,
+    parts: tuple[Examples, Examples],
+    device: torch.device,
+    console: Any,
+) -> dict[str, Curve]:
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    fused, eager = _twins(name, args, log, device)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as progress:
-        batches = -(-len(train) // args.batch_size)
+        batches = -(-len(parts[0]) // args.batch_size)
         task = progress.add_task("warming up", total=batches * args.epochs)
         curves = train_side_by_side(
             {"fused": fused, "eager": eager},
-            train,
-            test,
+            *parts,
             epochs=args.epochs,
             batch_size=args.batch_size,
             lr=args.lr,
             seed=args.seed,
             device=device,
             progress=lambda epoch, done: progress.update(
-                task, advance=done, description=f"epoch {epoch + 1}, fused and eager"
+                task, advance=done, description=f"{name}, epoch {epoch + 1}, fused and eager"
             ),
         )
-    console.print(_table(args.model, curves, device))
+    console.print(_table(name, curves, device))
     for line in _verdict(curves["fused"], curves["eager"]):
         console.print(line)
-    if args.json is not None:
-        report = {"model": args.model, **{name: asdict(curve) for name, curve in curves.items()}}
-        args.json.write_text(json.dumps(report, indent=2) + "\n")
-    return 0
+    return curves
 
 
 def _device(name: str | None) -> torch.device:
@@ -116,11 +141,11 @@ def _device(name: str | None) -> torch.device:
 
 
 def _twins(
-    args: argparse.Namespace, log: Interactions, device: torch.device
+    name: str, args: argparse.Namespace, log: Interactions, device: torch.device
 ) -> tuple[RankingModel, RankingModel]:
     """The model with fused layers, and a copy with eager ones."""
     torch.manual_seed(args.seed)
-    model = MODELS[args.model](log.num_users, log.num_items, log.num_categories, dim=args.dim).to(device)
+    model = MODELS[name](log.num_users, log.num_items, log.num_categories, dim=args.dim).to(device)
     return model.use("fused"), copy.deepcopy(model).use("eager")
 
 
@@ -143,6 +168,33 @@ def _table(model: str, curves: dict[str, Curve], device: torch.device) -> Any:
                 _mebibytes(curve.peak_bytes[epoch]),
                 end_section=last,
             )
+    return table
+
+
+def _summary(curves: dict[str, dict[str, Curve]], device: torch.device) -> Any:
+    """A row per model, by its last epoch; seconds are medians over the epochs."""
+    from rich.table import Table
+
+    held = "allocated" if device.type == "cuda" else "resident"
+    table = Table(title="All models after the last epoch")
+    for heading in ("model", "test AUC", "by user", "over mean pooling", "s/epoch fused", "eager"):
+        table.add_column(heading, justify="left" if heading == "model" else "right")
+    for heading in (f"peak {held}, fused", "eager"):
+        table.add_column(heading, justify="right")
+    for name, of_model in curves.items():
+        fused, eager = of_model["fused"], of_model["eager"]
+        over = f"{fused.gauc[-1] - curves['mean']['fused'].gauc[-1]:+.4f}" if "mean" in curves else ""
+        table.add_row(
+            name,
+            f"{fused.auc[-1]:.4f}",
+            f"{fused.gauc[-1]:.4f}",
+            over,
+            *(f"{statistics.median(curve.seconds):.1f}" for curve in (fused, eager)),
+            *(
+                _mebibytes(max((peak for peak in curve.peak_bytes if peak), default=None))
+                for curve in (fused, eager)
+            ),
+        )
     return table
 
 
