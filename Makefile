@@ -3,12 +3,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: bench test verify lint clean
+.PHONY: bench test verify lint docs clean
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt torch numpy
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[bench,peers,dev]"
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[bench,peers,docs,dev]"
 	touch $@
 
 bench: $(STAMP)
@@ -26,5 +26,8 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+docs: $(STAMP)
+	$(BIN)/mkdocs build
+
 clean:
-	rm -rf $(VENV) build dist results *.egg-info
+	rm -rf $(VENV) build dist results site *.egg-info
