@@ -2,9 +2,17 @@
 
 from recattn.models.din import DIN
 from recattn.models.dot_attention import DotAttention
+from recattn.models.dsin import DSIN
+from recattn.models.dstn import DSTN
 from recattn.models.mean_pooling import MeanPooling
 from recattn.models.ranking import RankingModel
 
-MODELS: dict[str, type[RankingModel]] = {"mean": MeanPooling, "dot": DotAttention, "din": DIN}
+MODELS: dict[str, type[RankingModel]] = {
+    "mean": MeanPooling,
+    "dot": DotAttention,
+    "din": DIN,
+    "dsin": DSIN,
+    "dstn": DSTN,
+}
 
-__all__ = ["DIN", "MODELS", "DotAttention", "MeanPooling", "RankingModel"]
+__all__ = ["DIN", "DSIN", "DSTN", "MODELS", "DotAttention", "MeanPooling", "RankingModel"]
