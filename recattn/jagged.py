@@ -259,15 +259,16 @@ def pack(valid: Tensor) -> tuple[Tensor, Tensor]:
     return rows[:-1], offsets_of(valid.sum(1))
 
 
-def select_rows(offsets: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+def select_rows(offsets: Tensor, mask: Tensor, most: int | None = None) -> tuple[Tensor, Tensor]:
     """Of sequences over `offsets [B + 1]` the rows where `mask [T]` holds, and the offsets of the sequences among
-    them. On the CPU as many rows as there are; on an accelerator, which nothing waits for, T with zeros at the end."""
+    them. On the CPU as many rows as there are; on an accelerator, which nothing waits for, T with zeros at the end, or
+    `most`, if it is known that there are no more."""
     total = mask.shape[0]
     mask = mask & (torch.arange(total, device=mask.device) < offsets[-1])
     chosen = offsets_of(mask).index_select(0, offsets.to(torch.int64)).to(offsets.dtype)
     if mask.device.type == "cpu":
         return mask.nonzero().squeeze(1), chosen
-    return pack(mask[None])[0], chosen
+    return pack(mask[None])[0][:most], chosen
 
 
 def unpack(values: Tensor, valid: Tensor) -> Tensor:

@@ -79,7 +79,7 @@ def logit_of(model: DSIN, batch: Batch, index: int, hide_self: bool, attention: 
     pooled = [torch.zeros_like(target)] * 2
     if interests:
         i = torch.stack(interests)
-        h = torch.cat([torch_gru(model.onward, i), torch_gru(model.backward_in_time, i.flip(0)).flip(0)], 1)
+        h = torch.cat([torch_gru(model.gru, i), torch_gru(model.reverse_gru, i.flip(0)).flip(0)], 1)
         pooled = [pool(p, target, x, attention) for p, x in ((model.interest_pool, i), (model.state_pool, h))]
     features = [model.embedding.user.weight[batch.user[index]], target, *pooled]
     return model.head(torch.cat(features)[None])[0]

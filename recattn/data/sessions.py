@@ -33,7 +33,8 @@ def split_sessions(
 
     Returns:
         The sessions, oldest first, none of them empty. On an accelerator, which nothing waits for, there are T rows
-        and T sessions instead of as many as there are: those behind the last are slack, and such sessions are empty.
+        and T sessions, or as many as the limits allow, instead of as many as there are: those behind the last are
+        slack, and such sessions are empty.
 
     Raises:
         ValueError: for a negative gap or a limit below 1, or timestamps that are not `[T]`.
@@ -61,14 +62,16 @@ def split_sessions(
         kept = kept & torch.nn.functional.pad(recent, (0, 1))[sessions.segment_ids()]
     # Only first rows of a session go, or all: what is left begins with its first row, or where one before it went.
     begins = begins | ~torch.nn.functional.pad(kept, (1, 0))[:total]
-    rows, over_rows = select_rows(timestamp.offsets, kept)
-    return Sessions(rows, *_over_runs(over_rows, begins[rows]))
+    most_sessions = total if max_sessions is None else timestamp.batch_size * max_sessions
+    most_rows = total if max_length is None else most_sessions * max_length
+    rows, over_rows = select_rows(timestamp.offsets, kept, most_rows)
+    return Sessions(rows, *_over_runs(over_rows, begins[rows], most_sessions))
 
 
-def _over_runs(offsets: Tensor, begins: Tensor) -> tuple[Tensor, Tensor]:
+def _over_runs(offsets: Tensor, begins: Tensor, most: int | None = None) -> tuple[Tensor, Tensor]:
     """Of sequences over `offsets [B + 1]`, whose runs begin at the rows where `begins [T]` holds, the offsets of the
-    runs over the rows, `[S + 1]`, and of the sequences over the runs, `[B + 1]`."""
-    first, sequences = select_rows(offsets, begins)
+    runs over the rows, `[S + 1]`, and of the sequences over the runs, `[B + 1]`; for `most` see `select_rows`."""
+    first, sequences = select_rows(offsets, begins, most)
     runs = torch.nn.functional.pad(first, (0, 1)).to(offsets.dtype)
     there = torch.arange(runs.shape[0], device=runs.device) < sequences[-1]
     return torch.where(there, runs, offsets[-1]), sequences

@@ -82,12 +82,13 @@ class DSIN(RankingModel):
         if session_gap < 0:
             raise ValueError(f"session_gap: expected at least 0, got {session_gap}")
         self.session_gap = session_gap
+        self.max_sessions, self.max_session_length = max_sessions, max_session_length
         self.bias_encoding = BiasEncoding(max_sessions, max_session_length, width)
         self.interest = SessionInterest(
             width, num_heads, hide_self=hide_self, layer_norm=layer_norm, dropout=dropout
         )
-        self.onward = AttentionalGRU(width, dim, kind="gru")
-        self.backward_in_time = AttentionalGRU(width, dim, kind="gru")
+        self.gru = AttentionalGRU(width, dim, kind="gru")
+        self.reverse_gru = AttentionalGRU(width, dim, kind="gru")
         if attention == "mlp" and attention_hidden is None:
             attention_hidden = (64, 16)
         self.interest_pool = TargetAttention(width, attention, hidden=attention_hidden)
@@ -98,23 +99,22 @@ class DSIN(RankingModel):
         """`[B]` logits."""
         if batch.history_timestamp is None:
             raise ValueError("history_timestamp: expected timestamps to find sessions by, got None")
-        tables = self.bias_encoding
         sessions = split_sessions(
             batch.history_timestamp,
             self.session_gap,
-            max_sessions=tables.session.shape[0],
-            max_length=tables.position.shape[0],
+            max_sessions=self.max_sessions,
+            max_length=self.max_session_length,
         )
         user = self.embedding.user(batch.user)
         target = self.embedding.items(batch.item, batch.category)
         items = self.embedding.items(
             batch.history.values[sessions.rows], batch.history_category.values[sessions.rows]
         )
-        pooled = self.interest(Jagged(items + tables(sessions), sessions.offsets))
-        interests = Jagged(pooled, sessions.histories)  # [S, 2 * dim]
-        onward, _ = self.onward(interests)
-        back, _ = self.backward_in_time(interests.reversed())
-        states = interests.with_values(torch.cat([onward.values, back.reversed().values], dim=1))
+        encoded = Jagged(items + self.bias_encoding(sessions), sessions.offsets)
+        interests = Jagged(self.interest(encoded), sessions.histories)  # [S, 2 * dim]
+        states, _ = self.gru(interests)
+        reverse_states, _ = self.reverse_gru(interests.reversed())
+        states = interests.with_values(torch.cat([states.values, reverse_states.reversed().values], dim=1))
         features = [user, target, self.interest_pool(target, interests), self.state_pool(target, states)]
         return self.head(torch.cat(features, dim=1)).squeeze(1)
 

@@ -109,13 +109,13 @@ class DSTN(RankingModel):
             raise ValueError("history_liked: expected which items were liked, got None")
         history, liked = batch.history, batch.history_liked.values
 
-        def embedded(mask: Tensor) -> Jagged:
-            rows, offsets = select_rows(history.offsets, mask)
+        def embedded(mask: Tensor, size: int) -> Jagged:
+            rows, offsets = select_rows(history.offsets, mask, batch.size * size)
             items = self.embedding.items(history.values[rows], batch.history_category.values[rows])
             return Jagged(items, offsets)
 
         return (
-            embedded(history.last(self.contextual)),
-            embedded(history.last(self.set_size, liked)),
-            embedded(history.last(self.set_size, ~liked)),
+            embedded(history.last(self.contextual), self.contextual),
+            embedded(history.last(self.set_size, liked), self.set_size),
+            embedded(history.last(self.set_size, ~liked), self.set_size),
         )
