@@ -50,10 +50,11 @@ class DSIN(RankingModel):
             `history_timestamp`.
 
     Source: Feng et al., "Deep Session Interest Network for Click-Through Rate Prediction", IJCAI 2019. There the
-    sessions pass through a bi-directional LSTM, and so they do in the authors' code; here it is two GRUs, one of them
-    over the sessions in reverse, next to each other instead of averaged. Their code further pools by DIN's activation
-    unit with hidden layers of 64 and 16, hides each item from itself, has no layer normalisation, and adds sinusoids
-    instead of the bias, with which training gave NaN; its means count padded positions.
+    sessions pass through a bi-directional LSTM, in the authors' code through two layers whose directions are averaged;
+    here through two GRUs next to each other, one of them over the sessions in reverse. Their code further pools by
+    DIN's activation unit with hidden layers of 64 and 16, hides each item from itself, and has no layer normalisation;
+    its means count padded positions; and the script that trains it adds sinusoids in place of the bias, with which the
+    loss became NaN.
     """
 
     def __init__(
