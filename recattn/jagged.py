@@ -56,6 +56,13 @@ class Jagged:
         rows = torch.arange(self.values.shape[0], device=self.device, dtype=self.offsets.dtype)
         return torch.searchsorted(self.offsets[1:].contiguous(), rows, right=True)
 
+    def bounds(self) -> tuple[Tensor, Tensor]:
+        """`[T]` int64 each: the first row of the sequence that a row belongs to, and the one behind its last. Slack
+        counts as one sequence more."""
+        bounds = torch.nn.functional.pad(self.offsets.to(torch.int64), (0, 1), value=self.values.shape[0])
+        sequence = self.segment_ids()
+        return bounds[sequence], bounds[sequence + 1]
+
     def to(self, *args: Any, **kwargs: Any) -> Jagged:
         """As `Tensor.to` for the values; the offsets follow to the device and keep their dtype."""
         values = self.values.to(*args, **kwargs)
@@ -77,6 +84,27 @@ class Jagged:
         _same_shape("mask", mask, tuple(self.values.shape[:1]))
         rows, offsets = select_rows(self.offsets, mask)
         return Jagged(self.values.index_select(0, rows), offsets)
+
+    def last(self, count: int, mask: Tensor | None = None) -> Tensor:
+        """`[T]` bool: the last `count` rows of each sequence, or of those of its rows where `mask [T]`, bool, holds.
+        What slack gets means nothing, and `select` does not read it."""
+        rows = torch.arange(self.values.shape[0], device=self.device)
+        _, end = self.bounds()
+        if mask is None:
+            return rows >= end - count
+        _same_shape("mask", mask, tuple(self.values.shape[:1]))
+        before = offsets_of(mask)
+        return mask & (before[rows] >= before[end] - count)
+
+    def reversed(self) -> Jagged:
+        """Each sequence from its last row to its first."""
+        begin, end = self.bounds()
+        rows = torch.arange(self.values.shape[0], device=self.device)
+        return self.with_values(self.values.index_select(0, begin + end - 1 - rows))
+
+    def sum(self) -> Tensor:
+        """`[B, ...]`, the sum of the rows of each sequence; 0 of an empty one."""
+        return torch.segment_reduce(self.values, "sum", offsets=self.offsets, axis=0, unsafe=True, initial=0)
 
     def mean(self) -> Tensor:
         """`[B, ...]`, the mean of the rows of each sequence; 0 of an empty one."""
@@ -231,15 +259,16 @@ def pack(valid: Tensor) -> tuple[Tensor, Tensor]:
     return rows[:-1], offsets_of(valid.sum(1))
 
 
-def select_rows(offsets: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+def select_rows(offsets: Tensor, mask: Tensor, most: int | None = None) -> tuple[Tensor, Tensor]:
     """Of sequences over `offsets [B + 1]` the rows where `mask [T]` holds, and the offsets of the sequences among
-    them. On the CPU as many rows as there are; on an accelerator, which nothing waits for, T with zeros at the end."""
+    them. On the CPU as many rows as there are; on an accelerator, which nothing waits for, T with zeros at the end, or
+    `most`, if it is known that there are no more."""
     total = mask.shape[0]
     mask = mask & (torch.arange(total, device=mask.device) < offsets[-1])
     chosen = offsets_of(mask).index_select(0, offsets.to(torch.int64)).to(offsets.dtype)
     if mask.device.type == "cpu":
         return mask.nonzero().squeeze(1), chosen
-    return pack(mask[None])[0], chosen
+    return pack(mask[None])[0][:most], chosen
 
 
 def unpack(values: Tensor, valid: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from recattn.data.examples import Examples
 from recattn.data.fetch import fetch_movielens
 from recattn.data.interactions import Interactions
 from recattn.data.movielens import read_movielens
+from recattn.data.sessions import Sessions, split_sessions
 from recattn.data.synthetic import LENGTH_DISTRIBUTIONS, random_batch, random_histories, sample_lengths
 
 __all__ = [
@@ -12,9 +13,11 @@ __all__ = [
     "Batch",
     "Examples",
     "Interactions",
+    "Sessions",
     "fetch_movielens",
     "random_batch",
     "random_histories",
     "read_movielens",
     "sample_lengths",
+    "split_sessions",
 ]
