@@ -78,6 +78,22 @@ class Jagged:
         rows, offsets = select_rows(self.offsets, mask)
         return Jagged(self.values.index_select(0, rows), offsets)
 
+    def append(self, rows: Tensor) -> Jagged:
+        """Each sequence with one more row at its end, `rows [B, ...]`: T + B rows, of which the last are what was
+        slack before."""
+        _same_shape("rows", rows, (self.batch_size, *self.values.shape[1:]))
+        place = torch.arange(self.batch_size + 1, device=self.device, dtype=self.offsets.dtype)
+        offsets = self.offsets + place
+        total = self.values.shape[0]
+        old = torch.arange(total, device=self.device) + self.segment_ids()
+        new = (offsets[1:] - 1).to(torch.int64)
+        values = torch.cat([self.values, rows])
+        return Jagged(torch.empty_like(values).index_copy(0, torch.cat([old, new]), values), offsets)
+
+    def sum(self) -> Tensor:
+        """`[B, ...]`, the sum of the rows of each sequence; 0 of an empty one."""
+        return torch.segment_reduce(self.values, "sum", offsets=self.offsets, axis=0, unsafe=True, initial=0)
+
     def mean(self) -> Tensor:
         """`[B, ...]`, the mean of the rows of each sequence; 0 of an empty one."""
         return torch.segment_reduce(self.values, "mean", offsets=self.offsets, axis=0, unsafe=True, initial=0)

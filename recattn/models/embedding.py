@@ -40,12 +40,14 @@ class BatchEmbedding(nn.Module):
             # With PyTorch's unit variance the noise of rare ids outweighs what the others learn in an epoch.
             nn.init.normal_(table.weight, std=0.05)
 
+    def items(self, item: Tensor, category: Tensor) -> Tensor:
+        """Item ids `[R]` and their categories to `[R, 2 * dim]`."""
+        return torch.cat([self.item(item), self.category(category)], dim=1)
+
     def forward(self, batch: Batch) -> Embedded:
-        history = torch.cat(
-            [self.item(batch.history.values), self.category(batch.history_category.values)], dim=1
-        )
+        history = self.items(batch.history.values, batch.history_category.values)
         return Embedded(
             user=self.user(batch.user),
-            target=torch.cat([self.item(batch.item), self.category(batch.category)], dim=1),
+            target=self.items(batch.item, batch.category),
             history=batch.history.with_values(history),
         )
