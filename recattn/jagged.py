@@ -102,6 +102,18 @@ class Jagged:
         rows = torch.arange(self.values.shape[0], device=self.device)
         return self.with_values(self.values.index_select(0, begin + end - 1 - rows))
 
+    def append(self, rows: Tensor) -> Jagged:
+        """Each sequence with one more row at its end, `rows [B, ...]`: T + B rows, of which the last are what was
+        slack before."""
+        _same_shape("rows", rows, (self.batch_size, *self.values.shape[1:]))
+        place = torch.arange(self.batch_size + 1, device=self.device, dtype=self.offsets.dtype)
+        offsets = self.offsets + place
+        total = self.values.shape[0]
+        old = torch.arange(total, device=self.device) + self.segment_ids()
+        new = (offsets[1:] - 1).to(torch.int64)
+        values = torch.cat([self.values, rows])
+        return Jagged(torch.empty_like(values).index_copy(0, torch.cat([old, new]), values), offsets)
+
     def sum(self) -> Tensor:
         """`[B, ...]`, the sum of the rows of each sequence; 0 of an empty one."""
         return torch.segment_reduce(self.values, "sum", offsets=self.offsets, axis=0, unsafe=True, initial=0)

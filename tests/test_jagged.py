@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from watching import NoSync
 
 from recattn import Jagged
 from recattn.jagged import unpack
@@ -293,17 +293,6 @@ def test_to_torchrec_makes_what_its_key_asks_for(monkeypatch: pytest.MonkeyPatch
 # ---------------------------------------------------------------- nothing waits for the device
 
 
-class NoSync(TorchDispatchMode):
-    """Refuses what copies to the host, or whose shape depends on contents."""
-
-    REFUSED = ("_local_scalar_dense", "item", "nonzero", "masked_select", "is_nonzero", "unique")
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func.overloadpacket.__name__
-        assert name not in self.REFUSED, f"{name} waits for the device"
-        return func(*args, **kwargs or {})
-
-
 def test_the_guard_against_synchronisation_bites() -> None:
     with NoSync(), pytest.raises(AssertionError, match="waits for the device"):
         jagged([1]).to_nested()
@@ -347,6 +336,41 @@ def test_the_mean_is_that_of_each_sequence_and_zero_of_an_empty_one() -> None:
     assert values.grad is not None
     assert values.grad.tolist() == [[0.5], [0.5], [1.0], [0.0]]
     assert Jagged(torch.zeros(0, 2), torch.tensor([0, 0])).mean().tolist() == [[0.0, 0.0]]
+
+
+def test_the_sum_is_that_of_each_sequence_and_zero_of_an_empty_one() -> None:
+    values = torch.tensor([[1.0], [3.0], [5.0], [float("nan")]], requires_grad=True)
+    total = Jagged(values, torch.tensor([0, 2, 2, 3])).sum()
+    assert total.tolist() == [[4.0], [0.0], [5.0]]
+    total.sum().backward()
+    assert values.grad is not None
+    assert values.grad.tolist() == [[1.0], [1.0], [1.0], [0.0]]
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize("lengths", [[2, 0, 3], [0, 0], []])
+def test_appending_puts_a_row_behind_each_sequence_and_slack_behind_all(
+    lengths: list[int], dtype: torch.dtype
+) -> None:
+    x = jagged(lengths, slack=2, dtype=dtype)
+    x.values[len(x.values) - 2 :] = torch.nan
+    values, rows = x.values.requires_grad_(), torch.randn(len(lengths), WIDTH, requires_grad=True)
+    with NoSync():
+        longer = x.append(rows)
+    assert longer.offsets.dtype == dtype
+    assert longer.values.shape == (len(x.values) + len(rows), WIDTH)
+    assert_sequences(longer, [torch.cat([a, row[None]]) for a, row in zip(sequences(x), rows, strict=True)])
+    assert longer.values[-2:].isnan().all()
+    upstream = torch.randn_like(longer.values)
+    grads = torch.autograd.grad(longer.values, [values, rows], upstream)
+    parts = sequences(longer.with_values(upstream))
+    torch.testing.assert_close(grads[0][: sum(lengths)], torch.cat([grads[0][:0], *(g[:-1] for g in parts)]))
+    torch.testing.assert_close(grads[1], torch.cat([grads[1][:0], *(g[-1:] for g in parts)]))
+
+
+def test_appending_rows_of_another_shape_is_refused() -> None:
+    with pytest.raises(ValueError, match=re.escape("rows: expected (2, 3), got (3, 3)")):
+        jagged([2, 1]).append(torch.randn(3, WIDTH))
 
 
 def test_selected_rows_keep_their_sequence_and_order() -> None:

@@ -41,14 +41,13 @@ class BatchEmbedding(nn.Module):
             nn.init.normal_(table.weight, std=0.05)
 
     def items(self, item: Tensor, category: Tensor) -> Tensor:
-        """Ids of items, `[N]`, and of their categories to `[N, 2 * dim]`."""
+        """Item ids `[R]` and their categories to `[R, 2 * dim]`."""
         return torch.cat([self.item(item), self.category(category)], dim=1)
 
     def forward(self, batch: Batch) -> Embedded:
+        history = self.items(batch.history.values, batch.history_category.values)
         return Embedded(
             user=self.user(batch.user),
             target=self.items(batch.item, batch.category),
-            history=batch.history.with_values(
-                self.items(batch.history.values, batch.history_category.values)
-            ),
+            history=batch.history.with_values(history),
         )
