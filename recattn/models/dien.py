@@ -152,7 +152,10 @@ class NextItemLoss(Twin):
         self.network: nn.Sequential | None = None
         if score == "mlp":
             sizes = (2 * width, 100, 50)
-            layers = (nn.Sequential(nn.Linear(n, m), nn.Sigmoid()) for n, m in zip(sizes[:-1], sizes[1:], strict=True))
+            layers = (
+                nn.Sequential(nn.Linear(n, m), nn.Sigmoid())
+                for n, m in zip(sizes[:-1], sizes[1:], strict=True)
+            )
             self.network = nn.Sequential(*layers, nn.Linear(sizes[-1], 1))
 
     def forward(self, states: Jagged, items: Jagged, ids: Tensor) -> Tensor:
