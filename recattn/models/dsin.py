@@ -66,7 +66,7 @@ class DSIN(RankingModel):
         dim: int = 32,
         session_gap: int = 1800,
         max_sessions: int = 10,
-        max_session_length: int = 50,
+        max_session_length: int = 20,
         num_heads: int = 4,
         hide_self: bool = False,
         layer_norm: bool = True,
