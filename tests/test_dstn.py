@@ -125,11 +125,27 @@ def test_only_interactive_weights_depend_on_the_target_and_tell_the_size_of_a_se
         assert torch.equal(pool(target, keys), pool(target + 1, keys)) == (variant == "self")
 
 
+def test_interactive_weights_begin_at_the_mean_of_a_full_set_but_for_what_the_items_say() -> None:
+    model = DSTN(**SIZES, dim=4, contextual=3, set_size=8, attention_hidden=(7, 5))
+    for pool, size in zip(model.pools, (3, 8, 8), strict=True):
+        torch.nn.init.zeros_(pool.layers[-1].weight)
+        keys = Jagged(torch.randn(size, 8), torch.tensor([0, size]))
+        torch.testing.assert_close(pool(torch.randn(1, 8), keys), keys.mean())
+
+
 def test_a_like_moves_an_item_to_another_set() -> None:
     model, batch = make(torch.tensor([6]))
     assert batch.history_liked is not None
     other = replace(batch, history_liked=batch.history.with_values(~batch.history_liked.values))
     assert not torch.allclose(model(batch), model(other), atol=1e-4)
+
+
+def test_sums_beyond_float16_are_finite_in_wider_types() -> None:
+    pool = make()[0].pools[0].float()
+    torch.nn.init.constant_(pool.layers[-1].bias, 12.0)  # exp(12) > 65504
+    query, keys = torch.zeros(1, 8), torch.ones(1, 8)
+    for dtype in (torch.float32, torch.bfloat16):
+        assert pool.to(dtype)(query.to(dtype), Jagged(keys.to(dtype), torch.tensor([0, 1]))).isfinite().all()
 
 
 def test_dropout_acts_in_training_only() -> None:

@@ -28,8 +28,7 @@ class DSIN(RankingModel):
 
     where :math:`q = [e_{item}, e_{category}]` and :math:`X_k` are the items of session k, embedded alike. A
     session ends where `session_gap` passes until the next item; k counts sessions from the most recent one, t the
-    items of a session, c the units of an item's vector. Attention and FFN have a residual connection and then layer
-    normalisation each.
+    items of a session, c the units of an item's vector. Attention and FFN have a residual connection each.
 
     Args:
         num_users, num_items, num_categories, dim: see `RankingModel`.
@@ -38,7 +37,8 @@ class DSIN(RankingModel):
         max_session_length: how many items of a session are kept, the most recent.
         num_heads: of self-attention; it divides `2 * dim`.
         hide_self: whether an item does not attend to itself.
-        layer_norm: whether the block normalises.
+        layer_norm: whether layer normalisation follows attention and FFN, as in the paper. It brings interests to unit
+            variance beside embeddings that begin far below it, and training starts more slowly and less stably.
         attention: the similarity of both pools, see `recattn.nn.TargetAttention`; `"mlp"` for that of the code.
         attention_hidden: the widths of the hidden layers of a similarity that is a network; by default those of the
             code for `"mlp"`, 64 and 16.
@@ -52,9 +52,9 @@ class DSIN(RankingModel):
     Source: Feng et al., "Deep Session Interest Network for Click-Through Rate Prediction", IJCAI 2019. There the
     sessions pass through a bi-directional LSTM, in the authors' code through two layers whose directions are averaged;
     here through two GRUs next to each other, one of them over the sessions in reverse. Their code further pools by
-    DIN's activation unit with hidden layers of 64 and 16, hides each item from itself, and has no layer normalisation;
-    its means count padded positions; and the script that trains it adds sinusoids in place of the bias, with which the
-    loss became NaN.
+    DIN's activation unit with hidden layers of 64 and 16, hides each item from itself, and, as here, does not normalise
+    layers; its means count padded positions. The script that trains it adds sinusoids in place of the bias, with
+    which the loss became NaN.
     """
 
     def __init__(
@@ -66,10 +66,10 @@ class DSIN(RankingModel):
         dim: int = 32,
         session_gap: int = 1800,
         max_sessions: int = 10,
-        max_session_length: int = 50,
+        max_session_length: int = 20,
         num_heads: int = 4,
         hide_self: bool = False,
-        layer_norm: bool = True,
+        layer_norm: bool = False,
         attention: str = "bilinear",
         attention_hidden: Sequence[int] | None = None,
         hidden: Sequence[int] = (200, 80),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -36,15 +37,17 @@ class DSTN(RankingModel):
     one are the last that the user liked, and the unclicked one the last that they did not.
 
     Interactive weights are not normalised, so that items with nothing to do with the target need not share a weight of
-    1. Nor are they bounded: sums are accumulated in float32, but where float16 holds the result, as under its autocast,
-    one beyond 65504 is infinite. bfloat16 has the range of float32.
+    1. They begin near one over the size of a full set, which is then its mean: beginning as a sum, which tells users
+    apart before it tells items, the model learns more slowly to rank what one user sees. Nor are they bounded: sums
+    are accumulated in float32, but where float16 holds the result, as under its autocast, one beyond 65504 is
+    infinite. bfloat16 has the range of float32.
 
     Args:
         num_users, num_items, num_categories, dim: see `RankingModel`.
         variant: see above.
         contextual: how many items the contextual set has at most.
         set_size: how many items the clicked and the unclicked set have at most, each.
-        attention_hidden: the widths of the hidden layers that weigh an item.
+        attention_hidden: the widths of the hidden layers that weigh an item, where anything does.
         hidden: the widths of the hidden layers of the head, PReLU each.
         dropout: behind each hidden layer of the head.
 
@@ -67,8 +70,8 @@ class DSTN(RankingModel):
         *,
         dim: int = 32,
         variant: str = "interactive",
-        contextual: int = 5,
-        set_size: int = 20,
+        contextual: int = 10,
+        set_size: int = 100,
         attention_hidden: Sequence[int] = (128,),
         hidden: Sequence[int] = (200, 80),
         dropout: float = 0.0,
@@ -79,7 +82,6 @@ class DSTN(RankingModel):
             if size < 1:
                 raise ValueError(f"{name}: expected at least 1, got {size}")
         self.variant, self.contextual, self.set_size = variant, contextual, set_size
-        pools = 0 if variant == "pooling" else 3
         target_matters = variant == "interactive"
         self.pools = nn.ModuleList(
             ActivationUnit(
@@ -89,8 +91,12 @@ class DSTN(RankingModel):
                 features=("q", "k") if target_matters else ("k",),
                 normalize="exp" if target_matters else "softmax",
             )
-            for _ in range(pools)
+            for _ in range(0 if variant == "pooling" else 3)
         )
+        if target_matters:
+            last_bias = f"layers.{len(attention_hidden)}.bias"
+            for pool, size in zip(self.pools, (contextual, set_size, set_size), strict=True):
+                nn.init.constant_(pool.get_parameter(last_bias), -math.log(size))
         self.head = mlp(9 * dim, hidden, dropout=dropout)
 
     def forward(self, batch: Batch) -> Tensor:
