@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import pairwise_pool_settings as settings
 from .arguments import get
-from .primitives import columns, dot, load_rows, slab_count
+from .primitives import columns, dot, load_rows, slab_count, split_tf32
 
 
 class Data(NamedTuple):
@@ -203,12 +203,15 @@ def units(products, net, SPEC: tl.constexpr):
 
 
 @triton.jit
-def doubled(x, DTYPE: tl.constexpr):
-    """Weights `[rows, n]`, at most 1, each twice in `[rows, 2n]`, as a product of 16 bits wants
-    16 columns; in float16, which is finer than bfloat16, unless in float32."""
-    if DTYPE != tl.float32:
-        x = x.to(tl.float16)
-    return tl.reshape(tl.join(x, x), [x.shape[0], 2 * x.shape[1]])
+def in_parts(x, DTYPE: tl.constexpr):
+    """Weights `[rows, n]`, at most 1, as `[rows, 2n]`, each in two parts side by side: float32 as two of tf32, and for
+    products of 16 bits, which want 16 columns, float16, which is finer than bfloat16, and zero."""
+    if DTYPE == tl.float32:
+        high, low = split_tf32(x)
+    else:
+        high = x.to(tl.float16)
+        low = tl.zeros(x.shape, tl.float16)
+    return tl.reshape(tl.join(high, low), [x.shape[0], 2 * x.shape[1]])
 
 
 @triton.jit
@@ -223,6 +226,39 @@ def widened(slabs):
         for i in tl.static_range(len(slabs)):
             wide = wide + (dot(slabs[i], ones, tl.zeros(slabs[i].shape, tl.float32), "tf32"),)
         return wide
+
+
+@triton.jit
+def part(slabs, c: tl.constexpr, SLABS: tl.constexpr):
+    """The slabs of field c of a group."""
+    out = ()
+    for k in tl.static_range(SLABS):
+        out = out + (slabs[c * SLABS + k],)
+    return out
+
+
+@triton.jit
+def multiplied(x, y):
+    out = ()
+    for k in tl.static_range(len(x)):
+        out = out + (x[k] * y[k],)
+    return out
+
+
+@triton.jit
+def add_products(acc, x, y):
+    out = ()
+    for k in tl.static_range(len(acc)):
+        out = out + (acc[k] + x[k] * y[k],)
+    return out
+
+
+@triton.jit
+def add_multiplied(acc, factor, x):
+    out = ()
+    for k in tl.static_range(len(acc)):
+        out = out + (acc[k] + factor * x[k],)
+    return out
 
 
 @triton.jit

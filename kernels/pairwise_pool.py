@@ -17,15 +17,18 @@ from torch import Tensor
 from . import pairwise_pool_settings as settings
 from .arguments import get
 from .pairs import (
+    add_multiplied,
+    add_products,
     arguments,
-    doubled,
     group_start,
+    in_parts,
     load_field,
     load_group,
     load_network,
     narrow_relu,
     pair_place,
     pair_products,
+    part,
     rows_of,
     spec_of,
     uncovered,
@@ -52,13 +55,54 @@ def _one_hot_columns(projection, DTYPE: tl.constexpr):
     return tiles
 
 
+@triton.constexpr_function
+def pair_within(n, count):
+    """`(i, j)`, pair n of the fields of a group of `count`, j < i: all of j = 0, then of j = 1, ..."""
+    j = 0
+    while n >= count - 1 - j:
+        n -= count - 1 - j
+        j += 1
+    return j + 1 + n, j
+
+
+@triton.constexpr_function
+def past(n, pairs):
+    """Where the pairs end that share a tile of scores with pair n, its first."""
+    return min(n + 8, pairs)
+
+
+@triton.constexpr_function
+def first_of(n, within, count):
+    """Pair n's place in the group of its one field."""
+    return pair_within(n, count)[0] if within else n
+
+
+@triton.constexpr_function
+def second_of(n, within, count):
+    """And of the other among the others, the group itself or a single field."""
+    return pair_within(n, count)[1] if within else 0
+
+
+@triton.jit
+def _pair_places(
+    i, j, FROM: tl.constexpr, TO: tl.constexpr, WITHIN: tl.constexpr, COUNT: tl.constexpr, SPEC: tl.constexpr
+):
+    """`[COLUMNS]`: the place of each pair among all of a sample; -1 where there is none."""
+    column = tl.arange(0, COLUMNS)
+    places = tl.full([COLUMNS], -1, tl.int32)
+    for n in tl.static_range(FROM, TO):
+        place = pair_place(i + first_of(n, WITHIN, COUNT), j + second_of(n, WITHIN, COUNT), SPEC)
+        places = tl.where(column == n - FROM, place, places)
+    return places
+
+
 @triton.jit
 def _attend(
     state,
     own,
     wide,
-    v,
-    v_wide,
+    other,
+    other_wide,
     net,
     heads,
     rows,
@@ -66,63 +110,75 @@ def _attend(
     i,
     j,
     out,
-    FIRST: tl.constexpr,
-    LAST: tl.constexpr,
+    FROM: tl.constexpr,
+    TO: tl.constexpr,
+    WITHIN: tl.constexpr,
+    COUNT: tl.constexpr,
     SPEC: tl.constexpr,
 ):
-    """Adds the pairs of field j, `v`, with those of the group that begins with field i, from FIRST to before LAST."""
-    SLABS: tl.constexpr = len(v)
+    """Adds pairs FROM to TO of a group of COUNT fields, which begins with field i, with others, from field j on."""
+    SLABS: tl.constexpr = len(own) // COUNT
+    ROWS: tl.constexpr = get(SPEC, "rows")
     PRECISION: tl.constexpr = get(SPEC, "precision")
     APPROX: tl.constexpr = get(SPEC, "approx")
     peak, mass, acc = state
-    s = tl.zeros([v[0].shape[0], COLUMNS], tl.float32)  # [ROWS, COLUMNS]
-    for c in tl.static_range(FIRST, LAST):
-        z = units(pair_products(own, c, v, SPEC), net, SPEC)
+    alive = tl.arange(0, COLUMNS) < TO - FROM
+    s = tl.zeros([ROWS, COLUMNS], tl.float32) + tl.where(alive, 0.0, LOWEST)[None, :]
+    for n in tl.static_range(FROM, TO):
+        v = part(other, second_of(n, WITHIN, COUNT), SLABS)
+        z = units(pair_products(own, first_of(n, WITHIN, COUNT), v, SPEC), net, SPEC)
         for a in tl.static_range(len(z)):
-            s = dot(narrow_relu(z[a], v[0].dtype, APPROX), heads[c * len(z) + a], s, PRECISION)
-    column = tl.arange(0, COLUMNS)
-    alive = (column >= FIRST) & (column < LAST)
-    pair = pair_place(i, j, SPEC) + column
+            head = heads[(n - FROM) * len(z) + a]
+            s = dot(narrow_relu(z[a], head.dtype, APPROX), head, s, PRECISION)
     if get(SPEC, "scores"):
-        place = rows.place[:, None] * get(SPEC, "pairs") + pair[None, :]
+        places = _pair_places(i, j, FROM, TO, WITHIN, COUNT, SPEC)
+        place = rows.place[:, None] * get(SPEC, "pairs") + places[None, :]
         tl.store(out + place, s, mask=rows.valid[:, None] & alive[None, :])
-    if LAST - FIRST < COLUMNS:
-        s = tl.where(alive[None, :], s, LOWEST)
     top = tl.maximum(peak, tl.max(s, 1) * LOG2_E)
     factor = exp2(peak - top, APPROX)
     p = exp2(s * LOG2_E - top[:, None], APPROX)
     mass = mass * factor[:, None] + p
     if get(SPEC, "dropout") > 0:
-        first, second = keys
-        p = tl.where(kept(first[:, None], second[:, None], pair[None, :], get(SPEC, "dropout")), p, 0.0)
-    p = doubled(p, v[0].dtype)  # [ROWS, 2·COLUMNS]
-    inner = zero_rows(v[0].shape[0], SLABS * 16, 16)
+        places = _pair_places(i, j, FROM, TO, WITHIN, COUNT, SPEC)
+        keep = kept(keys[0][:, None], keys[1][:, None], places[None, :], get(SPEC, "dropout"))
+        p = tl.where(keep, p, 0.0)
+    p = in_parts(p, own[0].dtype)  # [ROWS, 2·COLUMNS]
+    acc = scale(acc, factor[:, None])
+    inner = zero_rows(ROWS, SLABS * 16, 16)
     row = tl.arange(0, 2 * COLUMNS)[:, None]
-    for c in tl.static_range(FIRST, LAST):
-        spread = tl.where(row == 2 * c, tl.full([2 * COLUMNS, 16], 1.0, tl.float32), 0.0).to(p.dtype)
-        weight = dot(p, spread, tl.zeros([v[0].shape[0], 16], tl.float32), get(SPEC, "part_precision"))
-        grown = ()
-        for k in tl.static_range(SLABS):
-            grown = grown + (inner[k] + weight * wide[c * SLABS + k],)
-        inner = grown
-    pooled = ()
-    for k in tl.static_range(SLABS):
-        pooled = pooled + (acc[k] * factor[:, None] + inner[k] * v_wide[k],)
-    return top, mass, pooled
+    for n in tl.static_range(FROM, TO):
+        chosen = tl.where(row // 2 == n - FROM, tl.full([2 * COLUMNS, 16], 1.0, tl.float32), 0.0)
+        weight = dot(p, chosen.to(p.dtype), tl.zeros([ROWS, 16], tl.float32), get(SPEC, "part_precision"))
+        inner = add_multiplied(inner, weight, part(wide, first_of(n, WITHIN, COUNT), SLABS))
+        if n + 1 == TO or second_of(n + 1, WITHIN, COUNT) != second_of(n, WITHIN, COUNT):
+            acc = add_products(acc, inner, part(other_wide, second_of(n, WITHIN, COUNT), SLABS))
+            inner = zero_rows(ROWS, SLABS * 16, 16)
+    return top, mass, acc
 
 
 @triton.jit
 def _attend_within(state, own, wide, net, heads, rows, keys, i, out, COUNT: tl.constexpr, SPEC: tl.constexpr):
     """Adds the pairs within a group of COUNT fields that begins with field i."""
-    SLABS: tl.constexpr = len(own) // COUNT
-    for j in tl.static_range(COUNT - 1):
-        v = ()
-        v_wide = ()
-        for k in tl.static_range(SLABS):
-            v = v + (own[j * SLABS + k],)
-            v_wide = v_wide + (wide[j * SLABS + k],)
+    PAIRS: tl.constexpr = COUNT * (COUNT - 1) // 2
+    for n in tl.static_range(0, PAIRS, COLUMNS):
         state = _attend(
-            state, own, wide, v, v_wide, net, heads, rows, keys, i, i + j, out, j + 1, COUNT, SPEC
+            state,
+            own,
+            wide,
+            own,
+            wide,
+            net,
+            heads,
+            rows,
+            keys,
+            i,
+            i,
+            out,
+            n,
+            past(n, PAIRS),
+            True,
+            COUNT,
+            SPEC,
         )
     return state
 
@@ -153,13 +209,29 @@ def _forward_kernel(data, out, lse, scores, SPEC: tl.constexpr):
         i = group_start(group, SPEC)
         own = load_group(data, rows, i, GROUP, SPEC)
         wide = widened(own)
+        if group % shares == share:
+            state = _attend_within(state, own, wide, net, heads, rows, keys, i, scores, GROUP, SPEC)
         for j in tl.range(share, i, shares, num_stages=get(SPEC, "stages")):
             v = load_field(data, rows, j, SPEC)
             state = _attend(
-                state, own, wide, v, widened(v), net, heads, rows, keys, i, j, scores, 0, GROUP, SPEC
+                state,
+                own,
+                wide,
+                v,
+                widened(v),
+                net,
+                heads,
+                rows,
+                keys,
+                i,
+                j,
+                scores,
+                0,
+                GROUP,
+                False,
+                GROUP,
+                SPEC,
             )
-        if group % shares == share:
-            state = _attend_within(state, own, wide, net, heads, rows, keys, i, scores, GROUP, SPEC)
     peak, mass, acc = state
     mass = tl.sum(mass, 1)
     some = mass > 0

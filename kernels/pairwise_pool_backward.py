@@ -24,9 +24,11 @@ from .pairs import (
     load_group,
     load_network,
     load_weight,
+    multiplied,
     narrow_relu,
     pair_place,
     pair_products,
+    part,
     rows_of,
     spec_of,
     units,
@@ -63,7 +65,7 @@ class Sample(NamedTuple):
 
 class Back(NamedTuple):
     weight: Any  # slabs [16 units, 16 columns of fields], times the projection
-    heads: Any  # slabs [16 units, 16], the projection in each column
+    heads: Any  # slabs [16 units, 8], the projection in the first column, zero in the others
 
 
 class Sums(NamedTuple):
@@ -82,7 +84,7 @@ def _load_back(data, net, DTYPE: tl.constexpr, SPEC: tl.constexpr):
     heads = ()
     for a in tl.static_range(len(net.bias)):
         projection = net.projection[a].to(tl.float32)[:, None]
-        heads = heads + ((projection + tl.zeros([16, 16], tl.float32)).to(DTYPE),)
+        heads = heads + (tl.where(tl.arange(0, 8)[None, :] == 0, projection, 0.0).to(DTYPE),)
         for k in tl.static_range(SLABS):
             weights = weights + ((projection * given[a * SLABS + k].to(tl.float32)).to(DTYPE),)
     return Back(weights, heads)
@@ -108,45 +110,30 @@ def _load_sample(data, up, tile, SPEC: tl.constexpr):
 
 
 @triton.jit
-def _part(slabs, c: tl.constexpr, SLABS: tl.constexpr):
-    part = ()
-    for k in tl.static_range(SLABS):
-        part = part + (slabs[c * SLABS + k],)
-    return part
-
-
-@triton.jit
-def _multiplied(x, y):
-    out = ()
-    for k in tl.static_range(len(x)):
-        out = out + (x[k] * y[k],)
-    return out
-
-
-@triton.jit
 def _score_gradient(z, own_wide, v_upstream, sample, up, back, pair, DTYPE: tl.constexpr, SPEC: tl.constexpr):
-    """What the products are weighted by, and dL/ds: `[ROWS, 16]`, all columns the same.
+    """What the products are weighted by, and dL/ds: `[ROWS, 1]`.
 
     The gradient of a weight, from unrounded products: it is compared with delta, which is."""
     APPROX: tl.constexpr = get(SPEC, "approx")
-    s = tl.zeros([z[0].shape[0], 16], tl.float32)
+    s = tl.zeros([z[0].shape[0], 8], tl.float32)
     for a in tl.static_range(len(z)):
         s = dot(narrow_relu(z[a], DTYPE, APPROX), back.heads[a], s, get(SPEC, "precision"))
     inner = own_wide[0] * v_upstream[0]
     for k in tl.static_range(1, len(v_upstream)):
         inner += own_wide[k] * v_upstream[k]
     grad = tl.sum(inner, 1)
-    weight = exp2_of(s * LOG2_E - sample.lse[:, None], APPROX)
+    weight = exp2_of(tl.sum(s, 1) * LOG2_E - sample.lse, APPROX)
     if get(SPEC, "scores"):
         place = sample.rows.place * get(SPEC, "pairs") + pair
         grad += tl.load(up.grad_weights + place, mask=sample.rows.valid, other=0.0).to(tl.float32)
     if get(SPEC, "dropout") > 0:
         first, second = sample.keys
-        keep = kept(first, second, pair, get(SPEC, "dropout"))
+        column = tl.zeros(grad.shape, tl.int32) + pair
+        keep = kept(first, second, column, get(SPEC, "dropout"))
         grad = tl.where(keep, grad * get(SPEC, "gain"), 0.0) - sample.delta
-        return tl.where(keep[:, None], weight * get(SPEC, "gain"), 0.0), weight * grad[:, None]
+        return tl.where(keep, weight * get(SPEC, "gain"), 0.0)[:, None], (weight * grad)[:, None]
     else:
-        return weight, weight * (grad - sample.delta)[:, None]
+        return weight[:, None], (weight * (grad - sample.delta))[:, None]
 
 
 @triton.jit
@@ -198,7 +185,7 @@ def _add_pair(
     products = pair_products(own, c, v, SPEC)
     z = units(products, net, SPEC)
     weight, grad = _score_gradient(
-        z, _part(wide, c, SLABS), v_upstream, sample, up, back, pair, v[0].dtype, SPEC
+        z, part(wide, c, SLABS), v_upstream, sample, up, back, pair, v[0].dtype, SPEC
     )
     back_grad, sums = _through_network(grad, z, products, weight, sample, back, sums, SPEC)
     grown = ()
@@ -220,15 +207,15 @@ def _within_group(
     """Adds the pairs within a group of COUNT fields that begins with field i."""
     SLABS: tl.constexpr = len(own) // COUNT
     for j in tl.static_range(COUNT - 1):
-        v_grad = _part(own_grad, j, SLABS)
-        v_upstream = _multiplied(_part(wide, j, SLABS), sample.wide)
+        v_grad = part(own_grad, j, SLABS)
+        v_upstream = multiplied(part(wide, j, SLABS), sample.wide)
         for c in tl.static_range(j + 1, COUNT):
             own_grad, v_grad, sums = _add_pair(
                 own,
                 wide,
                 c,
-                _part(own, j, SLABS),
-                _part(wide, j, SLABS),
+                part(own, j, SLABS),
+                part(wide, j, SLABS),
                 v_upstream,
                 own_grad,
                 v_grad,
@@ -269,7 +256,7 @@ def _store_group(pointer, own_grad, sample, i, COUNT: tl.constexpr, SPEC: tl.con
     SLABS: tl.constexpr = len(own_grad) // COUNT
     for c in tl.static_range(COUNT):
         place = pointer + (i + c) * get(SPEC, "dim")
-        _store_field(place, _part(own_grad, c, SLABS), sample, SPEC, False)
+        _store_field(place, part(own_grad, c, SLABS), sample, SPEC, False)
     tl.debug_barrier()  # other threads may add to it
 
 
@@ -327,7 +314,7 @@ def _backward_kernel(data, up, SPEC: tl.constexpr):
             for j in tl.range(share, i, shares, num_stages=1):
                 v = load_field(data, sample.rows, j, SPEC)
                 v_wide = widened(v)
-                v_upstream = _multiplied(v_wide, sample.wide)
+                v_upstream = multiplied(v_wide, sample.wide)
                 v_grad = zero_rows(ROWS, SLABS * 16, 16)
                 for c in tl.static_range(GROUP):
                     own_grad, v_grad, sums = _add_pair(
