@@ -41,6 +41,7 @@ KERNELS = {
         "gradients_kernel",
         "weights_kernel",
     },
+    "pairwise_pool": {"_forward_kernel", "_backward_kernel"},
     "self_attention": {
         "_spans_kernel",
         "_forward_kernel",

@@ -13,7 +13,6 @@ from pairwise_pool_cases import Case, call, variant
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import recattn
 from recattn import functional
 from recattn.composite import pairwise_pool as composite
 from recattn.ops.pairwise_pool import forward_op
@@ -182,12 +181,3 @@ def test_bad_input_names_the_argument(changes: dict[str, Any], error: type[Excep
     }
     with pytest.raises(error, match=re.escape(message)):
         functional.pairwise_pool(**arguments | changes)
-
-
-def test_no_kernel_computes_in_float64() -> None:
-    tensors = variant(dtype=F64).tensors().values()
-    with (
-        recattn.backend("triton"),
-        pytest.raises(NotImplementedError, match=r'"triton": no kernel .*float64'),
-    ):
-        functional.pairwise_pool(*tensors)

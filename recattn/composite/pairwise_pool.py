@@ -87,14 +87,11 @@ class Ring:
 
 def pair_places(count: int, device: torch.device) -> Tensor:
     """`[P]`: of each pair of a ring, its place among the pairs i < j in the order of (i, j)."""
-    first, second = [], []
-    for distance in range(1, count // 2 + 1):
-        for i in range(count if 2 * distance < count else count // 2):
-            j = (i + distance) % count
-            first.append(min(i, j))
-            second.append(max(i, j))
-    i, j = torch.tensor(first, dtype=torch.int64), torch.tensor(second, dtype=torch.int64)
-    return (i * (2 * count - i - 1) // 2 + j - i - 1).to(device)
+    place = torch.arange(count * (count - 1) // 2, device=device)
+    one = place % count
+    other = (one + place // count + 1) % count
+    i, j = torch.minimum(one, other), torch.maximum(one, other)
+    return i * (2 * count - i - 1) // 2 + j - i - 1
 
 
 class _Block:
@@ -151,20 +148,29 @@ def backward(
         if grad_weights is not None:
             grad = grad + grad_weights[rows].to(call.dtype).index_select(1, places).t()
         keep = _keep(call, rows, places)
-        dropped = attention
+        pooled = attention
         if keep is not None:
-            grad, dropped = grad * keep, attention * keep
+            grad, pooled = grad * keep, attention * keep
         grad = (grad - delta[rows]).mul_(attention).reshape(-1)  # dL/ds
         projection += torch.mv(block.hidden.t(), grad)
         through = block.hidden.sign_().mul_(grad.unsqueeze(1))  # dL/dz over the projection
         bias += through.sum(0)
         weight += torch.mm(through.t(), block.flat)
         products = torch.mm(through, back).view_as(block.ring.products)
-        products.addcmul_(dropped.unsqueeze(2), upstream)
+        products.addcmul_(pooled.unsqueeze(2), upstream)
         fields[rows] = block.ring.gradient(products).transpose(0, 1)
     bias *= call.projection
     weight *= call.projection[:, None]
     return fields, weight, bias, projection
+
+
+def weights_of(call: Call, scores: Tensor, lse: Tensor) -> Tensor:
+    """The weights from all scores `[B, P]`."""
+    weights = torch.exp(scores - lse.unsqueeze(1))
+    if call.seed is None:
+        return weights
+    row, column = (torch.arange(n, device=weights.device) for n in weights.shape)
+    return weights * kept(call.seed, row[:, None], column, call.dropout) / (1 - call.dropout)
 
 
 def _places(call: Call) -> Tensor:

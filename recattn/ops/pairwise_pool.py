@@ -43,7 +43,8 @@ def _forward(*arguments: Any, on_gpu: bool) -> tuple[Tensor, ...]:
     def triton() -> tuple[Tensor, Tensor, Tensor]:
         from recattn.kernels.pairwise_pool import forward
 
-        return forward(call)
+        out, lse, scores = forward(call)
+        return out, lse, composite.weights_of(call, scores, lse) if call.return_weights else scores
 
     exact_out, lse, exact_weights = choose(
         backend, on_gpu, partial(_uncovered, call), triton, partial(composite.forward, call)

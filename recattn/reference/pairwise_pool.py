@@ -29,7 +29,7 @@ def pairwise_pool(
     if not pairs:
         out = fields.new_zeros(batch, width)
         return (out, fields.new_zeros(batch, 0)) if return_weights else out
-    scores = [torch.relu(pair @ weight.T + bias) @ projection for pair in pairs]
+    scores = [torch.relu(torch.nn.functional.linear(pair, weight, bias)) @ projection for pair in pairs]
     weights = torch.softmax(torch.stack(scores, 1), 1)
     if dropout:
         assert seed is not None
