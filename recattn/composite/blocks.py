@@ -49,7 +49,7 @@ class Histories:
         batch, total = self.offsets.numel() - 1, self.sequence.numel()
         if total == 0:
             return []
-        if self.bounds is None:
+        if self.bounds is None or total < RUN:
             return [self.ragged(0, total, 0, batch)]
         spans, done, bounds = [], 0, self.bounds
         for first, last, length in [*runs(self.offsets), (batch, batch, 0)]:
