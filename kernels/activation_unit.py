@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 from typing import Any
 
@@ -22,7 +21,6 @@ from .normal_form import NormalForm, normal_form
 from .packed import one_hot_rows
 from .pooling import pool, pool_rows, pooled, weigh
 from .primitives import (
-    LN_2,
     exp2,
     load_vector,
     scale,
@@ -37,7 +35,7 @@ from .tuning import tuned
 
 
 @triton.jit(do_not_specialize=["batch"])
-def _forward_kernel(data, batch, net, out, lse, scores, part, part_state, SPEC: tl.constexpr):
+def _forward_kernel(data, batch, net, out, peak_mass, scores, part, part_state, SPEC: tl.constexpr):
     D: tl.constexpr = get(SPEC, "dim")
     DV: tl.constexpr = get(SPEC, "value_dim")
     SLAB: tl.constexpr = get(SPEC, "dim_slab")
@@ -99,7 +97,8 @@ def _forward_kernel(data, batch, net, out, lse, scores, part, part_state, SPEC: 
         if slot < 0:
             if SOFTMAX:
                 row = scale(row, 1 / norm)
-                tl.store(lse + sequence, (peak + tl.log2(norm)) * LN_2)
+                tl.store(peak_mass + 2 * owner, peak)
+                tl.store(peak_mass + 2 * owner + 1, norm)
             store_row(out + owner * DV, row, DV, SLAB)
         else:
             store_row(part + slot * DV, row, DV, SLAB)
@@ -141,37 +140,56 @@ def uncovered(unit: Any) -> str | None:
     return None
 
 
+def kernel_of(unit: Any) -> settings.Kernel:
+    """The kernel that forward launches for a call that is covered."""
+    dim, hidden = max(unit.keys.shape[1], unit.values.shape[1]), hidden_widths(unit)
+    precision = settings.precision(unit.keys.dtype)
+    if settings.is_wide(dim, hidden):
+        return settings.Kernel("wide", f"a width of {max(dim, *hidden)}, above {settings.WIDEST}")
+    if settings.share_tiles(precision, dim, unit):
+        return settings.Kernel(
+            "candidates", f"{settings.CANDIDATES} or more queries of a history share a tile"
+        )
+    if settings.packs_forward(precision, dim, unit):
+        return settings.Kernel(
+            "packed", f"histories of less than {settings.SHORT_FORWARD} items on average share a tile"
+        )
+    return settings.Kernel("classic", f"widths up to {settings.WIDEST}")
+
+
 def hidden_widths(unit: Any) -> list[int]:
     return [unit.first.bias.shape[1], *(b.shape[0] for b in unit.biases[:-1])]
 
 
 def forward(unit: Any, with_scores: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """`out [B, Dv]`, the attention `[T]` if asked for, and the log-sum-exp `[B]`, of a folded call, in float32.
+    """`out [B, Dv]`, the attention `[T]` if asked for, and of the softmax the maximum in base 2 and the sum, `[B, 2]`,
+    of a folded call, in float32.
 
     `unit` is a `recattn.composite.activation_unit.Unit`.
     """
     hidden, device = hidden_widths(unit), unit.keys.device
     dim, precision = max(unit.keys.shape[1], unit.values.shape[1]), settings.precision(unit.keys.dtype)
-    wide = settings.is_wide(dim, hidden)
+    kernel = kernel_of(unit).name
     launch, split = settings.forward(precision, dim, hidden, device)
     net = normal_form(unit, bounded_half=True, split=split)
     data = histories(unit)
     batch, value_dim = unit.query.shape[0], data.value.shape[1]
-    lse = data.key.new_full((batch,), -torch.inf, dtype=torch.float32)
-    out = lse.new_zeros(batch, value_dim)
-    scores = lse.new_zeros(unit.positions if with_scores or wide else 0)
+    peak_mass = data.key.new_ones(batch, 2, dtype=torch.float32)
+    out = peak_mass.new_zeros(batch, value_dim)
+    scores = peak_mass.new_zeros(unit.positions if with_scores or kernel == "wide" else 0)
     if batch == 0 or unit.positions == 0:
-        return out, scores, lse
-    if settings.share_tiles(precision, dim, unit):
+        return out, scores, peak_mass
+    if kernel == "candidates":
         launch = tuned("candidates", precision, settings.CANDIDATES_FORWARD, dim, hidden, device)
         spec = specialize(unit, data, net, launch, False)
-        activation_unit_candidates.forward(unit, data, net.network, out, lse, spec, launch)
-        return out, scores, lse
-    packed = settings.packed_forward(precision, dim, hidden, unit)
+        activation_unit_candidates.forward(unit, data, net.network, out, peak_mass, spec, launch)
+        return out, scores, peak_mass
+    if kernel == "packed":
+        launch = settings.PACKED_FORWARD[precision]
     launch = tuned(
-        "forward" if packed is None else "packed forward",
+        "packed forward" if kernel == "packed" else "forward",
         "split" if split else precision,
-        packed or launch,
+        launch,
         dim,
         hidden,
         device,
@@ -180,16 +198,16 @@ def forward(unit: Any, with_scores: bool) -> tuple[Tensor, Tensor, Tensor]:
     spec = specialize(unit, data, net, launch, with_scores)
     if split:
         spec = replace(spec, precision="tf32", split=True)
-    if wide:
+    if kernel == "wide":
         scoring = settings.wide(settings.WIDE_SCORES, precision, unit.keys.shape[1], hidden, device)
         scoring = tuned("wide scores", precision, scoring, dim, hidden, device)
         score_all(data, net, specialize(unit, data, net, scoring, with_scores), scoring, scores)
         # Pooling is all that is left to compute, so it can be exact: then Σ_t dL/ds_t of a sequence is as near zero as
         # backward expects, which does not round dL/da either.
         spec = replace(spec, scored=True, precision="ieee")
-    part, part_state = lse.new_empty(2 * programs, value_dim), lse.new_empty(2 * programs, 2)
-    results = (out, lse, scores, part, part_state)
-    if packed is None:
+    part, part_state = peak_mass.new_empty(2 * programs, value_dim), peak_mass.new_empty(2 * programs, 2)
+    results = (out, peak_mass, scores, part, part_state)
+    if kernel != "packed":
         _forward_kernel[(programs,)](
             data, batch, net.network, *results, SPEC=spec, num_warps=launch.num_warps
         )
@@ -198,10 +216,12 @@ def forward(unit: Any, with_scores: bool) -> tuple[Tensor, Tensor, Tensor]:
         packed_forward_kernel[(programs,)](
             data, batch, net.network, identity, *results, SPEC=spec, num_warps=launch.num_warps
         )
-    merge(part, part_state if spec.softmax else None, data.offsets, out, lse, programs, launch.least_rows)
+    merge(
+        part, part_state if spec.softmax else None, data.offsets, out, peak_mass, programs, launch.least_rows
+    )
     if with_scores and spec.softmax:
-        scores = _attention(scores, data.offsets, lse)
-    return out, scores, lse
+        scores = _attention(scores, data.offsets, peak_mass)
+    return out, scores, peak_mass
 
 
 def histories(unit: Any) -> Histories:
@@ -246,9 +266,10 @@ def specialize(
     )
 
 
-def _attention(scores: Tensor, offsets: Tensor, lse: Tensor) -> Tensor:
-    """Softmax, from scores in base 2 and each sequence's log-sum-exp in base e; zero for slack rows."""
+def _attention(scores: Tensor, offsets: Tensor, peak_mass: Tensor) -> Tensor:
+    """Softmax, from scores in base 2 and each sequence's maximum and sum; zero for slack rows."""
     rows = torch.arange(scores.shape[0], device=scores.device, dtype=offsets.dtype)
     sequence = torch.searchsorted(offsets[1:].contiguous(), rows, right=True)
-    normalizer = torch.nn.functional.pad(lse, (0, 1), value=torch.inf)  # the last for slack rows
-    return (scores * math.log(2) - normalizer[sequence]).exp_()
+    normalizer = torch.nn.functional.pad(peak_mass, (0, 0, 0, 1), value=torch.inf)  # the last for slack rows
+    peak, mass = normalizer[sequence].unbind(1)
+    return (scores - peak).exp2_().div_(mass)

@@ -119,7 +119,7 @@ def _shared_keys(call: Call, spec: Spec, launch: settings.Launch) -> None:
     """The gradients of keys and values that several queries share."""
     least = max(launch.least_rows // launch.block, 1)
     tiles = call.unit.candidates.tiles(launch.block, call.unit.positions)
-    programs, zeros = call.programs(launch), call.upstream.lse.new_zeros
+    programs, zeros = call.programs(launch), call.upstream.peak_mass.new_zeros
     grads = [call.grad_key] if call.grad_value is None else [call.grad_key, call.grad_value]
     parts = [zeros(2 * programs, launch.block * grad.shape[1]) for grad in grads]
     keys_kernel[(programs,)](
@@ -136,21 +136,30 @@ def _shared_keys(call: Call, spec: Spec, launch: settings.Launch) -> None:
         num_warps=launch.num_warps,
     )
     for part, grad in zip(parts, grads, strict=True):
-        merge(part, None, tiles.offsets, grad, call.upstream.lse, programs, least, (tiles.begin, tiles.end))
+        merge(
+            part,
+            None,
+            tiles.offsets,
+            grad,
+            call.upstream.peak_mass,
+            programs,
+            least,
+            (tiles.begin, tiles.end),
+        )
 
 
 def _streamed(call: Call) -> WeightSums:
     """Where each sequence has tiles of its own."""
-    batch, lse = call.unit.query.shape[0], call.upstream.lse
+    batch, peak_mass = call.unit.query.shape[0], call.upstream.peak_mass
     split = call.net.precision == "ieee" and settings.can_split(
-        call.data.key.shape[1], call.net.hidden, lse.device
+        call.data.key.shape[1], call.net.hidden, peak_mass.device
     )
     row = "split" if split else call.net.precision
     tokens = call.tuned("tokens", row, settings.BACKWARD_TOKENS[row])
     weights = call.tuned("weights", row, settings.BACKWARD_WEIGHTS[row])
     first, later = call.programs(tokens), call.programs(weights)
     spec = call.spec(tokens, settings.SPLIT_TOKENS if split else None)
-    part = lse.new_empty(2 * first, call.grad_first.shape[1])
+    part = peak_mass.new_empty(2 * first, call.grad_first.shape[1])
     sums = program_sums(call, first, later, later)
     tokens_kernel[(first,)](
         call.data,
@@ -166,7 +175,7 @@ def _streamed(call: Call) -> WeightSums:
         SPEC=spec,
         num_warps=tokens.num_warps,
     )
-    merge(part, None, call.data.offsets, call.grad_first, lse, first, tokens.least_rows)
+    merge(part, None, call.data.offsets, call.grad_first, peak_mass, first, tokens.least_rows)
     if spec.shared:
         _shared_keys(call, spec, tokens)
     spec = call.spec(weights, settings.SPLIT_WEIGHTS if split else None)
@@ -191,15 +200,15 @@ def _streamed(call: Call) -> WeightSums:
 
 
 def backward(
-    unit: Any, grad_out: Tensor, grad_scores: Tensor | None, delta: Tensor | None, lse: Tensor
+    unit: Any, grad_out: Tensor, grad_scores: Tensor | None, delta: Tensor | None, peak_mass: Tensor
 ) -> tuple[Any, ...]:
     """As `recattn.composite.activation_unit.backward`."""
     net = normal_form(unit)
     upstream = Upstream(
         grad_out.contiguous(),
-        lse if grad_scores is None else grad_scores.contiguous(),
-        lse if delta is None else delta,
-        lse,
+        peak_mass if grad_scores is None else grad_scores.contiguous(),
+        peak_mass if delta is None else delta,
+        peak_mass,
         backward_weights(unit, net),
         net.network.product.t().contiguous(),
     )
@@ -210,7 +219,7 @@ def run_backward(
     unit: Any, net: NormalForm, upstream: Upstream, with_scores: bool = False, statistics: bool = False
 ) -> tuple[Any, ...]:
     """The gradients of a network in normal form."""
-    data, lse = histories(unit), upstream.lse
+    data, peak_mass = histories(unit), upstream.peak_mass
     dim, value_dim = data.key.shape[1], data.value.shape[1]
     count = data.key.shape[0] if unit.unique_rows else unit.positions
     call = Call(
@@ -220,7 +229,7 @@ def run_backward(
         upstream,
         data.key.new_zeros(count, dim),
         None if unit.values is unit.keys else data.value.new_zeros(count, value_dim),
-        lse.new_zeros(unit.query.shape[0], dim + net.hidden[0]),
+        peak_mass.new_zeros(unit.query.shape[0], dim + net.hidden[0]),
         with_scores,
         statistics,
     )

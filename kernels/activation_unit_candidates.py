@@ -18,7 +18,7 @@ from .dropout import noise_of
 from .histories import load_tile, part_at, share_of
 from .mlp import load_units
 from .pooling import weigh
-from .primitives import LN_2, columns, dot, exp2, load_vector, slab_count, vector_max, vector_sum, zero_rows
+from .primitives import columns, dot, exp2, load_vector, slab_count, vector_max, vector_sum, zero_rows
 from .schedule import find_sequence, merge, slot_of
 from .streamed import first_layer, load_layers, score_tokens
 
@@ -89,7 +89,7 @@ def store_candidates(pointer, stride, slabs, count, SPEC: tl.constexpr):
 
 @triton.jit(do_not_specialize=["batch"])
 def candidates_kernel(
-    data, groups, batch, net, out, lse, part, part_state, COUNT: tl.constexpr, SPEC: tl.constexpr
+    data, groups, batch, net, out, peak_mass, part, part_state, COUNT: tl.constexpr, SPEC: tl.constexpr
 ):
     D: tl.constexpr = get(SPEC, "dim")
     DV: tl.constexpr = get(SPEC, "value_dim")
@@ -170,7 +170,8 @@ def candidates_kernel(
                     inverse = inverse + (1 / norms[c],)
                 acc = scale_rows(acc, inverse)
                 for c in tl.static_range(COUNT):
-                    tl.store(lse + query + c, (peaks[c] + tl.log2(norms[c])) * LN_2, mask=c < count)
+                    tl.store(peak_mass + 2 * (query + c), peaks[c], mask=c < count)
+                    tl.store(peak_mass + 2 * (query + c) + 1, norms[c], mask=c < count)
             store_candidates(out + query * DV, DV, acc, count, SPEC)
         else:
             lane = 2 * tl.num_programs(0)  # parts of candidate c lie behind those of candidate c - 1
@@ -187,23 +188,23 @@ def forward(
     data: Histories,
     network: Network,
     out: Tensor,
-    lse: Tensor,
+    peak_mass: Tensor,
     spec: Spec,
     launch: settings.Launch,
 ) -> None:
-    """Into `out [N, Dv]` and `lse [N]`, zero and minus infinity before."""
+    """Into `out [N, Dv]` and `peak_mass [N, 2]`, zero and one before."""
     count = settings.CANDIDATES
     groups = unit.candidates.groups(count, unit.query.shape[0])
     programs = settings.programs(launch, -(-unit.most_rows // count), data.key.device)
-    part = lse.new_empty(count * 2 * programs, out.shape[1])
-    part_state = lse.new_empty(count * 2 * programs, 2)
+    part = peak_mass.new_empty(count * 2 * programs, out.shape[1])
+    part_state = peak_mass.new_empty(count * 2 * programs, 2)
     candidates_kernel[(programs,)](
         data,
         groups,
         groups.begin.numel(),
         network,
         out,
-        lse,
+        peak_mass,
         part,
         part_state,
         COUNT=count,
@@ -212,4 +213,4 @@ def forward(
     )
     places = (groups.query, groups.last_query)
     state = part_state if spec.softmax else None
-    merge(part, state, groups.offsets, out, lse, programs, launch.least_rows, places, count)
+    merge(part, state, groups.offsets, out, peak_mass, programs, launch.least_rows, places, count)

@@ -24,13 +24,15 @@ from .packed import (
     store_members,
 )
 from .pooling import weigh
-from .primitives import LN_2, dot, exp2, scale, vector_max, zero_rows
+from .primitives import dot, exp2, scale, vector_max, zero_rows
 from .schedule import find_sequence, slot_of
 from .streamed import load_layers, score_tokens
 
 
 @triton.jit(do_not_specialize=["batch"])
-def packed_forward_kernel(data, batch, net, identity, out, lse, scores, part, part_state, SPEC: tl.constexpr):
+def packed_forward_kernel(
+    data, batch, net, identity, out, peak_mass, scores, part, part_state, SPEC: tl.constexpr
+):
     DV: tl.constexpr = get(SPEC, "value_dim")
     SLAB: tl.constexpr = get(SPEC, "dim_slab")
     BLOCK: tl.constexpr = get(SPEC, "block")
@@ -101,7 +103,9 @@ def packed_forward_kernel(data, batch, net, identity, out, lse, scores, part, pa
             whole = here & (slot < 0)
             cut = here & (slot >= 0)
             if SOFTMAX:
-                tl.store(lse + sequence + tl.arange(0, GROUP), (peak + tl.log2(norm)) * LN_2, mask=whole)
+                member = peak_mass + 2 * (sequence + tl.arange(0, GROUP))
+                tl.store(member, tl.broadcast_to(peak, [GROUP]), mask=whole)
+                tl.store(member + 1, norm, mask=whole)
                 tl.store(part_state + 2 * slot, tl.broadcast_to(peak, [GROUP]), mask=cut)
                 tl.store(part_state + 2 * slot + 1, norm, mask=cut)
                 acc = scale(acc, tl.where(whole, 1 / norm, 1.0)[:, None])

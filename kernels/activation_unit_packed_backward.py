@@ -39,7 +39,7 @@ from .packed import (
     turned,
 )
 from .pooling import weigh, weigh_backward
-from .primitives import LN_2, LOG2_E, dot, exp2, load_rows, multiply_add, store_rows
+from .primitives import LN_2, dot, exp2, load_rows, multiply_add, store_rows
 from .schedule import find_sequence, merge, slot_of
 from .sums import (
     add_matrix,
@@ -71,7 +71,8 @@ def attend_backward(s, v, chosen, grad_out, upstream, row, owner, valid, SPEC: t
     if get(SPEC, "with_scores"):
         grad += tl.load(upstream.grad_scores + row + token, mask=valid, other=0.0).to(tl.float32)
     if get(SPEC, "softmax"):
-        log_mass = tl.load(upstream.lse + owner) * LOG2_E
+        log_mass = tl.load(upstream.peak_mass + 2 * owner)
+        log_mass += tl.log2(tl.load(upstream.peak_mass + 2 * owner + 1))
         delta = tl.load(upstream.delta + owner) * LN_2
         a = exp2(tl.where(valid, s - log_mass, float("-inf")), get(SPEC, "approx"))
         return a, a * (grad * LN_2 - delta)
@@ -312,11 +313,11 @@ def packed_weights_kernel(
 
 def packed_backward(call: Call) -> WeightSums:
     """Where tiles have tokens of several sequences."""
-    data, batch, lse = call.data, call.unit.query.shape[0], call.upstream.lse
+    data, batch, peak_mass = call.data, call.unit.query.shape[0], call.upstream.peak_mass
     tokens = call.tuned("packed tokens", call.net.precision, settings.PACKED_BACKWARD[call.net.precision])
     weights = call.tuned("packed weights", call.net.precision, settings.PACKED_WEIGHTS[call.net.precision])
     programs, weight_programs = call.programs(tokens), call.programs(weights)
-    part = lse.new_empty(2 * programs, call.grad_first.shape[1])
+    part = peak_mass.new_empty(2 * programs, call.grad_first.shape[1])
     sums = program_sums(call, weight_programs, weight_programs, programs)
     left = left_behind(data, call.unit.positions, call.net.hidden)
     packed_tokens_kernel[(programs,)](
@@ -336,7 +337,7 @@ def packed_backward(call: Call) -> WeightSums:
         SPEC=call.spec(tokens),
         num_warps=tokens.num_warps,
     )
-    merge(part, None, data.offsets, call.grad_first, lse, programs, tokens.least_rows)
+    merge(part, None, data.offsets, call.grad_first, peak_mass, programs, tokens.least_rows)
     packed_weights_kernel[(weight_programs,)](
         data,
         batch,

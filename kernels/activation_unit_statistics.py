@@ -109,6 +109,10 @@ def uncovered(unit: Any) -> str | None:
     return activation_unit.uncovered(_summed(unit))
 
 
+def kernel_of(_unit: Any) -> settings.Kernel:
+    return settings.Kernel("classic", f"widths up to {settings.WIDEST}")
+
+
 def forward(unit: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """As `recattn.composite.activation_unit_statistics.forward`."""
     unit = _summed(unit)

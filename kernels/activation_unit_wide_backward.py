@@ -140,9 +140,9 @@ def wide_backward(call: Call) -> WeightSums:
     spec = call.spec(launch)
     step = settings.chunk_rows(launch, light, data.key.device)
     programs = max(triton.cdiv(count, light.least_rows), 1)
-    zeros = upstream.lse.new_zeros  # float32
+    zeros = upstream.peak_mass.new_zeros  # float32
     chunk = _new_chunk(data.key, min(step, count), net.hidden, dim)
-    sums = _new_sums(upstream.lse, triton.cdiv(count, launch.block), net.hidden, spec)
+    sums = _new_sums(upstream.peak_mass, triton.cdiv(count, launch.block), net.hidden, spec)
     both = torch.cat([net.network.key, net.network.product], 1)  # [H1, 2·D]
     grad_both, grad_pairs = zeros(first, 2 * dim), torch.empty_like(chunk.pairs)
     grad_weights = [zeros(n, m) for m, n in zip(net.hidden, later, strict=False)]
@@ -183,7 +183,7 @@ def wide_backward(call: Call) -> WeightSums:
             SPEC=_light_spec(spec, light),
             num_warps=light.num_warps,
         )
-    merge(part, None, data.offsets, call.grad_first, upstream.lse, programs, light.least_rows)
+    merge(part, None, data.offsets, call.grad_first, upstream.peak_mass, programs, light.least_rows)
     return WeightSums(
         grad_both[:, :dim],
         grad_both[:, dim:],

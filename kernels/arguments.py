@@ -46,7 +46,7 @@ class Upstream(NamedTuple):
     grad_out: Tensor  # [B, Dv]
     grad_scores: Tensor  # [T]
     delta: Tensor  # [B], Σ_t a_t dL/da_t
-    lse: Tensor  # [B]
+    peak_mass: Tensor  # [B, 2], of the softmax the maximum in base 2 and the sum
     back: tuple[Tensor, ...]  # [H2, H1], ..., the matrices of the way back, see mlp_backward
     product: Tensor  # [D, H1], the network's, transposed
 

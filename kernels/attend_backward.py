@@ -8,14 +8,15 @@ import triton.language as tl
 from .arguments import get
 from .mlp import first_layer
 from .pooling import weigh, weigh_backward
-from .primitives import LN_2, LOG2_E, dot, exp2, load_vector
+from .primitives import LN_2, dot, exp2, load_vector
 from .sums import load_padded
 
 
 @triton.jit
 def load_sequence(data, net, upstream, sequence, PURE: tl.constexpr, SPEC: tl.constexpr):
     """What all tiles of a sequence share: its query, its first layer, and dL/dout twice as an operand, Σ a dL/da,
-    log2-sum-exp2. PURE is how W_eff is made, see `multiply_add`: what is best differs between kernels."""
+    log2-sum-exp2, or at full accuracy its maximum and one over its sum. PURE is how W_eff is made, see
+    `multiply_add`: what is best differs between kernels."""
     q = load_vector(
         data.query + sequence * get(SPEC, "query_stride"), get(SPEC, "dim"), get(SPEC, "dim_slab")
     )
@@ -33,8 +34,12 @@ def load_upstream(upstream, sequence, SPEC: tl.constexpr):
     across = load_padded(grad_out, DV, get(SPEC, "dim_slab"), 8, False)  # [DV, 8]
     along = load_padded(grad_out, DV, get(SPEC, "dim_slab"), 16, True)  # [16, DV]
     delta = tl.load(upstream.delta + sequence) * LN_2
-    log_mass = tl.load(upstream.lse + sequence) * LOG2_E
-    return across, along, delta, log_mass
+    peak = tl.load(upstream.peak_mass + 2 * sequence)
+    mass = tl.load(upstream.peak_mass + 2 * sequence + 1)
+    if get(SPEC, "approx"):
+        return across, along, delta, peak + tl.log2(mass)
+    else:
+        return across, along, delta, peak, 1 / mass
 
 
 @triton.jit
@@ -51,7 +56,7 @@ def attend_backward(s, v, grads, grad_scores, rest, SPEC: tl.constexpr):
 
 @triton.jit
 def weights_backward(s, v, grads, grad_scores, token, valid, SPEC: tl.constexpr):
-    across, _along, delta, log_mass = grads
+    across, _along, delta, peak = grads[:4]
     products = tl.zeros([get(SPEC, "block"), 8], tl.float32)
     for i in tl.static_range(len(v)):
         products = dot(v[i], across[i], products, get(SPEC, "precision"))
@@ -59,7 +64,10 @@ def weights_backward(s, v, grads, grad_scores, token, valid, SPEC: tl.constexpr)
     if get(SPEC, "with_scores"):
         grad += tl.load(grad_scores + token, mask=valid, other=0.0).to(tl.float32)
     if get(SPEC, "softmax"):
-        a = exp2(tl.where(valid, s - log_mass, float("-inf")), get(SPEC, "approx"))
+        a = exp2(tl.where(valid, s - peak, float("-inf")), get(SPEC, "approx"))
+        # In one exponent with it the sum would cost a as many bits as its logarithm has before the point.
+        if not get(SPEC, "approx"):
+            a *= grads[4]
         return a, a * (grad * LN_2 - delta)
     else:
         a = weigh(s, get(SPEC, "normalize"), get(SPEC, "approx"))

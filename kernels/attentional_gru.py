@@ -311,6 +311,13 @@ def uncovered(call: Any) -> str | None:
     return None
 
 
+def kernel_of(call: Any) -> settings.Kernel:
+    """The kernel that forward launches for a call that is covered."""
+    if specialize(call).fast:
+        return settings.Kernel("layouts", "16 bits, reset_after, inputs and states up to 64 wide")
+    return settings.Kernel("portable", "not 16 bits with reset_after and up to 64 wide on an NVIDIA GPU")
+
+
 def forward(call: Any) -> tuple[Tensor, Tensor]:
     """`states [T, H]` and `last [B, H]` of a `recattn.composite.attentional_gru.Recurrence`."""
     data, spec = prepare(call), specialize(call)

@@ -89,7 +89,7 @@ class WeightSums(NamedTuple):
 def program_sums(call: Call, first: int, later: int, last: int) -> dict[str, Any]:
     """Zeros for `WeightSums.of_programs`: as many as programs make sums of the first layer, of the hidden layers behind
     it, and of the last layer and the params."""
-    network, zeros = call.net.network, call.upstream.lse.new_zeros
+    network, zeros = call.net.network, call.upstream.peak_mass.new_zeros
     with_params = PARAMS.get(call.net.form.kernel, 0) * (len(call.net.hidden) - call.statistics)
     return {
         "key": zeros(first, *network.key.t().shape),

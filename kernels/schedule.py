@@ -10,8 +10,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .primitives import LN_2
-
 
 @triton.jit
 def rows_per_program(total, programs, LEAST: tl.constexpr):
@@ -46,7 +44,7 @@ def _merge_kernel(
     part_state,
     offsets,
     out,
-    lse,
+    peak_mass,
     places,
     batch,
     programs,
@@ -103,7 +101,8 @@ def _merge_kernel(
         row += share
     if SOFTMAX:
         acc /= mass
-        tl.store(lse + first, (peak + tl.log2(mass)) * LN_2)
+        tl.store(peak_mass + 2 * first, peak)
+        tl.store(peak_mass + 2 * first + 1, mass)
     tl.store(out + first * ROW + column, acc.to(out.dtype.element_ty), mask=kept)
 
 
@@ -112,14 +111,15 @@ def merge(
     part_state: Tensor | None,
     offsets: Tensor,
     out: Tensor,
-    lse: Tensor,
+    peak_mass: Tensor,
     programs: int,
     least_rows: int,
     places: tuple[Tensor, Tensor] | None = None,
     lanes: int = 1,
 ) -> None:
     """Joins the parts `[2·programs, width]` of cut sequences into their rows of `out [B, width]`: sums, or with
-    each part's `(maximum, sum)` of exponentials in base 2, the softmax's average and log-sum-exp.
+    each part's `(maximum, sum)` of exponentials in base 2, the softmax's average and,
+    in `peak_mass [B, 2]`, the same of it all.
 
     With `places`, `[B]` each, a sequence goes to the rows of `out` from its first to before its second place, as far as
     a part is wide; with `lanes`, `part [lanes, 2·programs, width]`, lane i begins i rows further on.
@@ -132,7 +132,7 @@ def merge(
         part if part_state is None else part_state,
         offsets,
         out,
-        lse,
+        peak_mass,
         (offsets, offsets) if places is None else places,
         offsets.numel() - 1,
         programs,

@@ -103,6 +103,11 @@ def uncovered(call: Any) -> str | None:
     return None
 
 
+def kernel_of(call: Any) -> settings.Kernel:
+    """The kernel that forward launches for a call that is covered."""
+    return settings.kind_of("forward", call)
+
+
 def forward(call: Any) -> tuple[Tensor, Tensor, Tensor]:
     """`out [T, H·dv]`, the log-sum-exp of the scores, `[H, T]` float32, and `out` before it was rounded, if backward
     needs that, else nothing.

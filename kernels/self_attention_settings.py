@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from .settings import NARROW, WIDEST, precision
+from .settings import NARROW, WIDEST, Kernel, precision
 
-__all__ = ["SELF_ATTENTION", "WIDEST", "AttentionLaunch", "precision", "self_attention"]
+__all__ = ["SELF_ATTENTION", "WIDEST", "AttentionLaunch", "Kernel", "kind_of", "precision", "self_attention"]
 
 
 class AttentionLaunch(NamedTuple):
@@ -50,11 +50,21 @@ SELF_ATTENTION = {
 
 def self_attention(kernel: str, call: Any) -> AttentionLaunch:
     """Settings of `"forward"`, or of the kernel for the gradients of `"queries"`, `"keys"` or `"table"`."""
-    products = precision(call.q.dtype)
-    if max(call.dim, call.value_dim) > NARROW and ("broad " + kernel, products) in SELF_ATTENTION:
-        kernel = "broad " + kernel
-    elif kernel == "forward" and call.table is None and not call.dropout:
-        kernel = "plain forward"
-    elif kernel == "keys" and call.table is not None and call.dropout:
-        kernel = "rich keys"
-    return SELF_ATTENTION[kernel, products]
+    kernel = {"plain": "plain forward", "rich": "rich keys", "broad": "broad " + kernel}.get(
+        kind_of(kernel, call).name, kernel
+    )
+    return SELF_ATTENTION[kernel, precision(call.q.dtype)]
+
+
+def kind_of(kernel: str, call: Any) -> Kernel:
+    """What settings of a kernel are by, besides the precision."""
+    if (
+        max(call.dim, call.value_dim) > NARROW
+        and ("broad " + kernel, precision(call.q.dtype)) in SELF_ATTENTION
+    ):
+        return Kernel("broad", f"heads wider than {NARROW}")
+    if kernel == "forward" and call.table is None and not call.dropout:
+        return Kernel("plain", "neither bias nor dropout")
+    if kernel == "keys" and call.table is not None and call.dropout:
+        return Kernel("rich", "bias and dropout")
+    return Kernel("general", "any bias or dropout")

@@ -22,6 +22,13 @@ class Launch(NamedTuple):
     programs_per_sm: int
 
 
+class Kernel(NamedTuple):
+    """Which kernels a call runs, and because of what."""
+
+    name: str
+    reason: str
+
+
 WIDEST = 128  # of keys, values and hidden layers, but for the wide kernels
 WIDEST_DIM, WIDEST_HIDDEN = 256, 512  # of these
 
@@ -113,11 +120,9 @@ def share_tiles(precision: str, width: int, unit: Any) -> bool:
     return unit.query.shape[0] >= 2 * CANDIDATES * histories
 
 
-def packed_forward(precision: str, width: int, hidden: Sequence[int], unit: Any) -> Launch | None:
-    """Settings of the packed kernel, if sequences are so short that it pays."""
-    if width > NARROW or is_wide(width, hidden) or not _shorter(SHORT_FORWARD, unit):
-        return None
-    return PACKED_FORWARD.get(precision)
+def packs_forward(precision: str, width: int, unit: Any) -> bool:
+    """Whether sequences are so short that the packed kernel pays."""
+    return width <= NARROW and precision in PACKED_FORWARD and _shorter(SHORT_FORWARD, unit)
 
 
 def packs_backward(precision: str, width: int, unit: Any) -> bool:

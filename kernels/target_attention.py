@@ -289,9 +289,21 @@ def join(
     )
 
 
+def kernel_of(call: Any) -> settings.Kernel:
+    """The kernel that forward launches for a call that is covered."""
+    if call.query_offsets is not None:
+        return settings.Kernel("candidates", "queries share histories")
+    if call.total < settings.SHORT * (call.offsets.numel() - 1):
+        return settings.Kernel(
+            "packed", f"histories of less than {settings.SHORT} items on average share a tile"
+        )
+    return settings.Kernel("classic", "one query per history")
+
+
 def forward(call: Any) -> tuple[Tensor, Tensor]:
     """`out [N, H·dv]` and the log-sum-exp `[N, H]`, in float32, of a `recattn.composite.target_attention.Call`."""
-    if call.query_offsets is not None:
+    kernel = kernel_of(call).name
+    if kernel == "candidates":
         return candidate_attention.forward(call)
     precision = settings.precision(call.keys.dtype)
     batch, total = call.offsets.numel() - 1, call.total
@@ -300,7 +312,6 @@ def forward(call: Any) -> tuple[Tensor, Tensor]:
     launch = settings.query_forward(precision, heads * width)
     data = data_of(call)
     programs = launch.programs(total, call.keys.device)
-    short = total < settings.SHORT * batch
     spec = spec_of(
         call,
         data,
@@ -308,7 +319,7 @@ def forward(call: Any) -> tuple[Tensor, Tensor]:
         heads,
         least_rows=launch.least_rows,
         columns=8,
-        together=8 // heads if short else 1,
+        together=8 // heads if kernel == "packed" else 1,
     )
     out = torch.zeros(
         batch + 2 * programs, call.values.shape[1], dtype=torch.float32, device=call.keys.device

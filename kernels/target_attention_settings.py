@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 
+from .settings import Kernel as Kernel
 from .settings import multiprocessors
 from .settings import precision as precision
 

@@ -15,7 +15,6 @@ from .mlp_backward import last_units_backward, units_backward
 from .pooling import weigh, weigh_backward
 from .primitives import (
     LN_2,
-    LOG2_E,
     activate,
     activate_backward,
     columns,
@@ -163,7 +162,8 @@ def attention_gradient(data, upstream, owner, row, position, valid, SPEC: tl.con
 def attend_rows_backward(s, grad, upstream, owner, valid, SPEC: tl.constexpr):
     """The attention a and dL/ds from the scores s and dL/da, `[tokens]`; zero for slack."""
     if get(SPEC, "softmax"):
-        log_mass = tl.load(upstream.lse + owner, mask=valid, other=0.0) * LOG2_E
+        log_mass = tl.load(upstream.peak_mass + 2 * owner, mask=valid, other=0.0)
+        log_mass += tl.log2(tl.load(upstream.peak_mass + 2 * owner + 1, mask=valid, other=1.0))
         delta = tl.load(upstream.delta + owner, mask=valid, other=0.0)
         a = exp2(tl.where(valid, s - log_mass, float("-inf")), get(SPEC, "approx"))
         return a, a * (grad - delta) * LN_2

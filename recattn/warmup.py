@@ -28,7 +28,7 @@ def warmup(module: nn.Module, *args: Any, backward: bool | None = None, **kwargs
     gpus = [device for device in devices if device.type == "cuda"]
     with (
         torch.random.fork_rng(devices=gpus),
-        _kept_buffers(module),
+        kept_buffers(module),
         torch.set_grad_enabled(_wants(module, backward)),
     ):
         for short in (False, True):
@@ -73,7 +73,7 @@ def autotune(
     gpus = [device] if device.type == "cuda" else []
     with (
         torch.random.fork_rng(devices=gpus),
-        _kept_buffers(module),
+        kept_buffers(module),
         torch.set_grad_enabled(_wants(module, backward)),
     ):
         return tuning.autotune(lambda: _run(module, args, kwargs), device, measure)
@@ -106,7 +106,7 @@ def _histories(short: bool) -> Iterator[None]:
 
 
 @contextmanager
-def _kept_buffers(module: nn.Module) -> Iterator[None]:
+def kept_buffers(module: nn.Module) -> Iterator[None]:
     kept = {name: buffer.clone() for name, buffer in module.named_buffers()}
     try:
         yield

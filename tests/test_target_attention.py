@@ -76,6 +76,10 @@ def test_short_histories_share_tiles(heads: int, bias: str, precision: torch.dty
     check(variant(lengths=lengths, dim=4, heads=heads, dtype=precision, bias=bias))
 
 
+def test_a_group_of_5000_candidates_and_one_of_none(precision: torch.dtype) -> None:
+    check(variant(lengths=[2, 1, 3], candidates=[0, 5000, 1], dim=4, dtype=precision))
+
+
 @pytest.mark.parametrize("candidates", [None, (3, 66)], ids=["one query", "candidates"])
 def test_rows_may_lie_beyond_the_reach_of_32_bits(candidates: tuple[int, ...] | None) -> None:
     stride, rows = 1 << 23, 300  # of which only the pages with rows in them are ever touched

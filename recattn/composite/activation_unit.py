@@ -7,16 +7,19 @@ On an accelerator nothing is copied to the host.
 
 from __future__ import annotations
 
+import math
 from itertools import chain
 
 import torch
 from torch import Tensor
 
-from recattn.composite.blocks import Block, segment_sum
+from recattn.composite.blocks import Block
 from recattn.composite.items import zero_slack_
 from recattn.composite.network import BLOCK_BYTES, Gradients, Network, Unit, items_of, slack_of
 
-__all__ = ["BLOCK_BYTES", "Unit", "backward", "forward", "segment_sum"]
+LN_2, LOG2_E = math.log(2), 1 / math.log(2)
+
+__all__ = ["BLOCK_BYTES", "Unit", "backward", "forward"]
 
 
 def forward(unit: Unit) -> tuple[Tensor, Tensor, Tensor]:
@@ -27,7 +30,7 @@ def forward(unit: Unit) -> tuple[Tensor, Tensor, Tensor]:
         total = unit.positions
     scores = unit.keys.new_zeros(total, dtype=unit.dtype)
     out = unit.values.new_zeros(batch, unit.values.shape[1], dtype=unit.dtype)
-    lse = scores.new_full((batch,), -torch.inf if unit.normalize == "softmax" else 0)
+    peak_mass = scores.new_ones(batch, 2)
     network = Network(unit, total)
     for span in items.histories.spans():
         for block in span.pieces(network.size):
@@ -36,26 +39,29 @@ def forward(unit: Unit) -> tuple[Tensor, Tensor, Tensor]:
         attention = scores[span.rows]
         match unit.normalize:
             case "softmax":
-                _softmax_(attention, lse, span)
+                _softmax_(attention, peak_mass, span)
             case "exp" | "sigmoid":
                 getattr(attention, unit.normalize + "_")()
         out[span.owners] = items.pool(unit.values, span, attention)
-    return out, zero_slack_(scores, unit.offsets), lse
+    return out, zero_slack_(scores, unit.offsets), peak_mass
 
 
-def _softmax_(scores: Tensor, lse: Tensor, span: Block) -> None:
-    """Softmax over each sequence of a span, in place; its log-sum-exp goes into `lse [B]`."""
-    rows = span.split(scores)
-    lse[span.owners] = span.reduce(scores, "max")
-    rows.sub_(span.take(lse)).exp_()
-    mass = torch.ones_like(lse)
-    mass[span.owners] = span.reduce(scores, "sum")
-    rows.div_(span.take(mass))
-    lse.add_(mass.log_())
+def _softmax_(scores: Tensor, peak_mass: Tensor, span: Block) -> None:
+    """Softmax over each sequence of a span, in place; its maximum in base 2 and its sum go into `peak_mass [B, 2]`."""
+    peak, mass = peak_mass[span.owners].unbind(1)
+    peak.copy_(span.reduce(scores, "max")).mul_(LOG2_E)
+    _exponentials_(span.split(scores), peak_mass, span)
+    mass.copy_(span.reduce(scores, "sum"))
+    span.split(scores).mul_(span.take(peak_mass[:, 1]).reciprocal())
+
+
+def _exponentials_(scores: Tensor, peak_mass: Tensor, block: Block) -> Tensor:
+    """`exp(s - maximum)`, in place."""
+    return scores.sub_(block.take(peak_mass[:, 0] * LN_2)).exp_()
 
 
 def backward(
-    unit: Unit, grad_out: Tensor, grad_scores: Tensor | None, delta: Tensor | None, lse: Tensor
+    unit: Unit, grad_out: Tensor, grad_scores: Tensor | None, delta: Tensor | None, peak_mass: Tensor
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor, Tensor, list[Tensor], list[Tensor], list[Tensor]]:
     """Gradients of query (but for its way through c), keys, values, key, product and bias of the folded
     layer, weights, biases, params; the last three as lists. `delta [B]` is Σ_t a_t dL/da_t, for softmax."""
@@ -84,7 +90,7 @@ def backward(
         match unit.normalize:
             case "softmax":
                 assert delta is not None
-                attention.sub_(block.take(lse)).exp_()
+                _exponentials_(attention, peak_mass, block).mul_(block.take(peak_mass[:, 1]).reciprocal())
                 grad.sub_(block.take(delta)).mul_(attention)
             case "exp":
                 grad.mul_(attention.exp_())

@@ -9,8 +9,9 @@ from functools import cached_property
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from recattn.composite.segments import Segments
 
 # From this length on W_eff(q) of a sequence is built faster than q is copied to its rows and multiplied.
 LONG = 16
@@ -48,7 +49,7 @@ class Histories:
         batch, total = self.offsets.numel() - 1, self.sequence.numel()
         if total == 0:
             return []
-        if self.bounds is None:
+        if self.bounds is None or total < RUN:
             return [self.ragged(0, total, 0, batch)]
         spans, done, bounds = [], 0, self.bounds
         for first, last, length in [*runs(self.offsets), (batch, batch, 0)]:
@@ -81,11 +82,11 @@ class Block:
     sequence: Tensor | None  # of each row, if lengths vary
 
     @cached_property
-    def segments(self) -> tuple[Tensor, Tensor]:
-        """The rows from 0, and the sequences' offsets among them."""
+    def segments(self) -> Segments:
+        """The sequences among the rows, from 0."""
         begin, end = self.rows.start, self.rows.stop
         offsets = self.histories.offsets[self.owners.start : self.owners.stop + 1]
-        return torch.arange(end - begin, device=offsets.device), offsets.sub(begin).clamp_(0, end - begin)
+        return Segments.of(offsets.sub(begin).clamp_(0, end - begin), end - begin)
 
     def split(self, x: Tensor) -> Tensor:
         """Rows, `[rows, ...]`, as `[n, length, ...]`."""
@@ -106,17 +107,14 @@ class Block:
 
     def sum(self, x: Tensor, weights: Tensor | None = None) -> Tensor:
         """Sums of `[rows, C]` over each sequence, `[sequences, C]`, weighted if asked."""
-        if self.sequence is not None:
-            rows, offsets = self.segments
-            return segment_sum(x, offsets, weights, rows)
-        if weights is None:
+        if self.sequence is None and weights is None:
             return self.split(x).sum(1)
-        return torch.bmm(self.split(weights).unsqueeze(1), self.split(x)).squeeze(1)
+        return self.segments.sum(x, weights)
 
     def reduce(self, x: Tensor, how: str) -> Tensor:
         """`"max"` or `"sum"` of `[rows]` over each sequence, `[sequences]`."""
         if self.sequence is not None:
-            return torch.segment_reduce(x, how, offsets=self.segments[1], unsafe=True)
+            return torch.segment_reduce(x, how, offsets=self.segments.offsets, unsafe=True)
         return self.split(x).amax(1) if how == "max" else self.split(x).sum(1)
 
     def pieces(self, size: int) -> Iterator[Block]:
@@ -169,15 +167,3 @@ def runs(offsets: Tensor) -> list[tuple[int, int, int]]:
     length = lengths[firsts]
     worth = (length >= LONG) & (length * (ends - firsts) >= RUN)
     return list(zip(*(x[worth].tolist() for x in (firsts, ends, length)), strict=True))
-
-
-def segment_sum(
-    x: Tensor, offsets: Tensor, weights: Tensor | None = None, rows: Tensor | None = None
-) -> Tensor:
-    """`[n, C]` to `[B, C]` sums over the segments, weighted if asked; of the rows given, which without them are all."""
-    if x.shape[0] == 0 or (rows is not None and rows.numel() == 0):
-        return x.new_zeros(offsets.numel() - 1, x.shape[1])
-    if rows is None:
-        rows = torch.arange(x.shape[0], device=x.device)
-    # The rows behind the last offset make a bag of their own, which is dropped.
-    return F.embedding_bag(rows, x, offsets.to(torch.int64), mode="sum", per_sample_weights=weights)[:-1]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from recattn.composite.blocks import Block, Histories, segment_sum
+from recattn.composite.blocks import Block, Histories
 
 
 class Items:
@@ -51,7 +51,7 @@ class Items:
         """`Σ weights·x` over each sequence of a span, `[sequences, C]`."""
         if self.index is not None and x.dtype == self.dtype:  # read in place
             index = self.index[self._place(span)]
-            return segment_sum(x, span.segments[1], weights, index.to(torch.int64))
+            return span.segments.sum(x, weights, index.to(torch.int64))
         return span.sum(self(x, span), weights)
 
     def gradient_of(self, x: Tensor) -> Tensor:

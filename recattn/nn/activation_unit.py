@@ -262,5 +262,9 @@ class ActivationUnit(Twin):
         gates: list[Any] = list(self.gates[layer : layer + 1])
         return [*self.slopes[layer : layer + 1], *(gate.params(moments) for gate in gates)]
 
+    def example(self, like: Tensor, offsets: Tensor) -> tuple[Any, ...]:
+        items = like.new_zeros(int(offsets[-1]), self.dim)
+        return like.new_zeros(offsets.numel() - 1, self.dim), Jagged(items, offsets)
+
     def extra_repr(self) -> str:
         return f"dim={self.dim}, activation={self.activation!r}, normalize={self.normalize!r}, scale={self.scale}"

@@ -118,6 +118,11 @@ class AttentionalGRU(Twin):
     def _options(self) -> dict[str, Any]:
         return {"kind": self.kind, "update": self.update, "reset_after": self.reset_after}
 
+    def example(self, like: Tensor, offsets: Tensor) -> tuple[Any, ...]:
+        items = Jagged(like.new_zeros(int(offsets[-1]), self.input_size), offsets)
+        scores = None if self.kind == "gru" else items.with_values(items.values[:, 0])
+        return items, scores
+
     def extra_repr(self) -> str:
         return (
             f"{self.input_size}, {self.hidden_size}, kind={self.kind!r}, update={self.update!r},"

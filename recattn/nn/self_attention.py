@@ -128,5 +128,8 @@ class SelfAttention(Twin):
         rows = nn.functional.pad(packed, (0, 0, 0, max(x.shape[0] - packed.shape[0], 0)))[: x.shape[0]]
         return self.output(rows)
 
+    def example(self, like: Tensor, offsets: Tensor) -> tuple[Any, ...]:
+        return (Jagged(like.new_zeros(int(offsets[-1]), self.dim), offsets),)
+
     def extra_repr(self) -> str:
         return f"dim={self.dim}, num_heads={self.num_heads}, causal={self.causal}, hide_self={self.hide_self}"

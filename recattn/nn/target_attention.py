@@ -147,6 +147,10 @@ class TargetAttention(Twin):
         )
         return out.squeeze(1) if query_offsets is None else out[chosen]
 
+    def example(self, like: Tensor, offsets: Tensor) -> tuple[Any, ...]:
+        items = like.new_zeros(int(offsets[-1]), self.dim)
+        return like.new_zeros(offsets.numel() - 1, self.dim), Jagged(items, offsets)
+
     def extra_repr(self) -> str:
         return (
             f"dim={self.dim}, score={self.score!r}, num_heads={self.num_heads}, normalize={self.normalize!r}"

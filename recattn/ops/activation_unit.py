@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from recattn.composite import activation_unit as composite
+from recattn.composite.segments import Segments
 from recattn.ops.candidates import Candidates
 from recattn.ops.dropout import Dropout
 from recattn.ops.fold import FEATURES, fold, unfold
@@ -29,10 +30,10 @@ _ARGUMENTS = (
 )
 LIBRARY.define(
     f"activation_unit({_ARGUMENTS}, bool return_scores, str backend) "
-    " -> (Tensor out, Tensor scores, Tensor lse, Tensor exact_out)"
+    " -> (Tensor out, Tensor scores, Tensor peak_mass, Tensor exact_out)"
 )
 LIBRARY.define(
-    f"activation_unit_backward(Tensor grad_out, Tensor? grad_scores, Tensor exact_out, Tensor scores, Tensor lse,"
+    f"activation_unit_backward(Tensor grad_out, Tensor? grad_scores, Tensor exact_out, Tensor scores, Tensor peak_mass,"
     f" {_ARGUMENTS}, str backend) -> Tensor[]"
 )
 forward_op = torch.ops.recattn.activation_unit.default
@@ -100,14 +101,14 @@ def _forward(*arguments: Any, on_gpu: bool) -> tuple[Tensor, Tensor, Tensor, Ten
 
         return forward(unit, return_scores)
 
-    out, scores, lse = choose(
-        backend, on_gpu, partial(_uncovered, unit), triton, partial(composite.forward, unit)
+    out, scores, peak_mass = choose(
+        "activation_unit", unit, backend, on_gpu, triton, partial(composite.forward, unit)
     )
     dtype = unit.values.dtype
     scores = scores.to(dtype) if return_scores else scores.new_empty(0, dtype=dtype)
     if dtype == out.dtype:
-        return out, scores, lse, out.new_empty(0)
-    return out.to(dtype), scores, lse, out  # which backward needs before it was rounded
+        return out, scores, peak_mass, out.new_empty(0)
+    return out.to(dtype), scores, peak_mass, out  # which backward needs before it was rounded
 
 
 def _backward(
@@ -115,7 +116,7 @@ def _backward(
     grad_scores: Tensor | None,
     exact_out: Tensor,
     scores: Tensor,
-    lse: Tensor,
+    peak_mass: Tensor,
     *arguments: Any,
     on_gpu: bool,
 ) -> list[Tensor]:
@@ -126,19 +127,20 @@ def _backward(
         delta = torch.linalg.vecdot(grad_out.to(unit.dtype), exact_out)
         if grad_scores is not None:
             products = scores.to(unit.dtype) * grad_scores
-            delta += composite.segment_sum(products.unsqueeze(1), unit.offsets).squeeze(1)
+            delta += Segments.of(unit.offsets, unit.positions).sum(products.unsqueeze(1)).squeeze(1)
 
     def triton() -> tuple[Tensor, ...]:
         from recattn.kernels.activation_unit_backward import backward
 
-        return backward(unit, grad_out, grad_scores, delta, lse)
+        return backward(unit, grad_out, grad_scores, delta, peak_mass)
 
     query, keys, values, key, product, bias, weights, biases, params = choose(
+        "activation_unit",
+        unit,
         backend,
         on_gpu,
-        partial(_uncovered, unit),
         triton,
-        partial(composite.backward, unit, grad_out, grad_scores, delta, lse),
+        partial(composite.backward, unit, grad_out, grad_scores, delta, peak_mass),
     )
     if unit.normalize == "softmax":  # which the last bias shifts and does not change
         biases[-1] = torch.zeros_like(biases[-1])
@@ -171,12 +173,6 @@ def in_dtypes(gradients: Sequence[Tensor], call: Sequence[Any]) -> list[Tensor]:
     return [gradient.to(tensor.dtype) for gradient, tensor in zip(gradients, tensors, strict=True)]
 
 
-def _uncovered(unit: composite.Unit) -> str | None:
-    from recattn.kernels.activation_unit import uncovered
-
-    return uncovered(unit)
-
-
 def implementation_of(run: Callable[..., Any], device_type: str) -> Callable[..., Any]:
     def implementation(*arguments: Any) -> Any:
         with without_autocast(device_type):
@@ -198,8 +194,8 @@ def _fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     out = values.new_empty(query.shape[0], values.shape[1])
     positions = keys.shape[0] if rows is None else rows.numel()
     scores = values.new_empty(positions if return_scores else 0)
-    lse = query.new_empty(query.shape[0], dtype=torch.promote_types(keys.dtype, torch.float32))
-    return out, scores, lse, lse.new_empty(0 if lse.dtype == out.dtype else out.shape)
+    peak_mass = query.new_empty(query.shape[0], 2, dtype=torch.promote_types(keys.dtype, torch.float32))
+    return out, scores, peak_mass, peak_mass.new_empty(0 if peak_mass.dtype == out.dtype else out.shape)
 
 
 @torch.library.register_fake("recattn::activation_unit_backward", lib=LIBRARY)
@@ -234,16 +230,16 @@ class _Autograd(torch.autograd.Function):
     def forward(ctx: Any, layers: int, options: tuple[Any, ...], *tensors: Any) -> tuple[Tensor, ...]:
         data, groups = tensors[:7], tensors[7:]
         with torch._C._AutoDispatchBelowAutograd():
-            out, scores, lse, exact_out = forward_op(*data, *grouped(groups, layers), *options)
-        ctx.save_for_backward(out if exact_out.dtype == out.dtype else exact_out, scores, lse, *tensors)
+            out, scores, peak_mass, exact_out = forward_op(*data, *grouped(groups, layers), *options)
+        ctx.save_for_backward(out if exact_out.dtype == out.dtype else exact_out, scores, peak_mass, *tensors)
         ctx.layers, ctx.options = layers, options
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(lse, exact_out)
-        return out, scores, lse, exact_out
+        ctx.mark_non_differentiable(peak_mass, exact_out)
+        return out, scores, peak_mass, exact_out
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor | None, grad_scores: Tensor | None, *_: Any) -> tuple[Any, ...]:
-        exact_out, scores, lse, *tensors = ctx.saved_tensors
+        exact_out, scores, peak_mass, *tensors = ctx.saved_tensors
         data, groups = tensors[:7], tensors[7:]
         *options, return_scores, backend = ctx.options
         _, keys, _, values, *_ = data
@@ -254,7 +250,7 @@ class _Autograd(torch.autograd.Function):
             grad_scores if return_scores else None,
             exact_out,
             scores,
-            lse,
+            peak_mass,
             *data,
             *grouped(groups, ctx.layers),
             *options,

@@ -51,7 +51,9 @@ def _forward(*arguments: Any, on_gpu: bool) -> tuple[Tensor, Tensor, Tensor]:
 
         return forward(unit)
 
-    parts = choose(backend, on_gpu, partial(_uncovered, unit), triton, partial(composite.forward, unit))
+    parts = choose(
+        "activation_unit_statistics", unit, backend, on_gpu, triton, partial(composite.forward, unit)
+    )
     return *_joined(*parts), unit.offsets[-1].to(torch.int64, copy=True)
 
 
@@ -82,9 +84,10 @@ def _backward(
         return backward(unit, linear, quadratic)
 
     query, keys, *folded = choose(
+        "activation_unit_statistics",
+        unit,
         backend,
         on_gpu,
-        partial(_uncovered, unit),
         triton,
         partial(composite.backward, unit, linear, quadratic),
     )
@@ -97,12 +100,6 @@ def _centred(unit: Unit, mean: Tensor) -> Unit:
     if unit.biases:
         return unit._replace(biases=[*unit.biases[:-1], unit.biases[-1] - mean])
     return unit._replace(first=unit.first._replace(bias=unit.first.bias - mean))
-
-
-def _uncovered(unit: Unit) -> str | None:
-    from recattn.kernels.activation_unit_statistics import uncovered
-
-    return uncovered(unit)
 
 
 for _key in ("CPU", "CUDA"):

@@ -39,9 +39,10 @@ def _forward(*arguments: Any, on_gpu: bool) -> tuple[Tensor, Tensor]:
         return forward(recurrence)
 
     return choose(
+        "attentional_gru",
+        recurrence,
         backend,
         on_gpu,
-        partial(_uncovered, recurrence),
         triton,
         partial(composite.forward, recurrence),
     )
@@ -60,19 +61,14 @@ def _backward(
         return backward(recurrence, *upstream)
 
     gradients = choose(
+        "attentional_gru",
+        recurrence,
         backend,
         on_gpu,
-        partial(_uncovered, recurrence),
         triton,
         partial(composite.backward, recurrence, *upstream),
     )
     return [gradient.to(states.dtype) for gradient in gradients if gradient is not None]
-
-
-def _uncovered(recurrence: composite.Recurrence) -> str | None:
-    from recattn.kernels.attentional_gru import uncovered
-
-    return uncovered(recurrence)
 
 
 def _implementation(run: Callable[..., Any], device_type: str) -> Callable[..., Any]:

@@ -27,20 +27,20 @@ class Candidates(NamedTuple):
 
     def tiles(self, size: int, positions: int) -> Tiles:
         """All histories cut into tiles of at most `size` positions; `positions` is the number of positions."""
-        history, begin, end = _pieces(self.histories, size, positions)
+        history, begin, end = pieces(self.histories, size, positions)
         readers = F.pad(self.queries.diff(), (0, 1))[history]
         offsets = F.pad(readers.cumsum(0), (1, 0))
         return Tiles(offsets, begin, end, self.queries[history])
 
     def groups(self, size: int, count: int) -> Groups:
         """All queries in groups of at most `size` of one history; `count` is the number of queries."""
-        history, query, last_query = _pieces(self.queries, size, count)
+        history, query, last_query = pieces(self.queries, size, count)
         lengths = F.pad(self.histories.diff(), (0, 1))[history]
         offsets = F.pad(lengths.cumsum(0), (1, 0))
         return Groups(offsets, self.histories[history], query, last_query)
 
 
-def _pieces(offsets: Tensor, size: int, total: int) -> tuple[Tensor, Tensor, Tensor]:
+def pieces(offsets: Tensor, size: int, total: int) -> tuple[Tensor, Tensor, Tensor]:
     """Segments cut into pieces of at most `size`: of each the segment, the begin and the end. There are as many as
     `total` elements in all allow; what there is not is empty, of the segment behind the last."""
     lengths = offsets.diff()

@@ -2,35 +2,89 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from importlib import import_module
+from typing import Any, NamedTuple
 
 import torch
 
 LIBRARY = torch.library.Library("recattn", "DEF")
 
 
+class Choice(NamedTuple):
+    """What an operator runs, and because of what."""
+
+    operator: str
+    kernel: str | None  # which kernels; None for the composite
+    reason: str
+
+
 def choose(
+    operator: str,
+    call: Any,
     backend: str,
     on_gpu: bool,
-    uncovered: Callable[[], str | None],
     triton: Callable[[], Any],
     composite: Callable[[], Any],
 ) -> Any:
-    """Runs one of two implementations: the backend named, or else kernels on a GPU where they cover the call.
-
-    Args:
-        uncovered: why no kernel covers the call, or None if one does.
-    """
-    if backend == "torch" or (backend == "auto" and not on_gpu):
+    """Runs one of two implementations: the backend named, or else kernels on a GPU where they cover the call."""
+    if _explaining is not None:
+        _explaining.seen(choice(operator, call, backend, _explaining.on_gpu))
         return composite()
-    reason = uncovered()
+    reason = _reason_for_composite(operator, call, backend, on_gpu)
     if reason is None:
         return triton()
-    if backend == "auto":
-        return composite()
-    raise NotImplementedError(f'backend "triton": {reason}')
+    if backend == "triton":
+        raise NotImplementedError(f'backend "triton": {reason}')
+    return composite()
+
+
+def choice(operator: str, call: Any, backend: str, on_gpu: bool) -> Choice:
+    """What `choose` runs."""
+    reason = _reason_for_composite(operator, call, backend, on_gpu)
+    if reason is not None:
+        return Choice(operator, None, reason)
+    return Choice(operator, *_kernels(operator).kernel_of(call))
+
+
+@contextmanager
+def explaining(seen: Callable[[Choice], None], on_gpu: bool) -> Iterator[None]:
+    """Reports what calls would run, on a GPU or not. Composites run, so that nothing is compiled."""
+    global _explaining
+    before, _explaining = _explaining, _Explaining(seen, on_gpu)
+    try:
+        yield
+    finally:
+        _explaining = before
+
+
+class _Explaining(NamedTuple):
+    seen: Callable[[Choice], None]
+    on_gpu: bool
+
+
+_explaining: _Explaining | None = None
+
+
+def _reason_for_composite(operator: str, call: Any, backend: str, on_gpu: bool) -> str | None:
+    """Why kernels do not run, or None if they do."""
+    if backend == "torch":
+        return 'backend "torch" is asked for'
+    if backend == "auto" and not on_gpu:
+        return "not on a GPU"
+    try:
+        kernels = _kernels(operator)
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] != "triton":
+            raise
+        return "Triton cannot be imported"
+    return kernels.uncovered(call)
+
+
+def _kernels(operator: str) -> Any:
+    """The module of an operator's kernels, which imports Triton."""
+    return import_module(f"recattn.kernels.{operator}")
 
 
 def without_autocast(device_type: str) -> AbstractContextManager[Any]:

@@ -26,12 +26,6 @@ forward_op = torch.ops.recattn.self_attention.default
 backward_op = torch.ops.recattn.self_attention_backward.default
 
 
-def _uncovered(call: composite.Attention) -> str | None:
-    from recattn.kernels.self_attention import uncovered
-
-    return uncovered(call)
-
-
 def _forward(*arguments: Any, on_gpu: bool) -> tuple[Tensor, Tensor, Tensor]:
     *options, backend = arguments
     call = composite.Attention(*options)
@@ -41,7 +35,7 @@ def _forward(*arguments: Any, on_gpu: bool) -> tuple[Tensor, Tensor, Tensor]:
 
         return forward(call)
 
-    return choose(backend, on_gpu, partial(_uncovered, call), triton, partial(composite.forward, call))
+    return choose("self_attention", call, backend, on_gpu, triton, partial(composite.forward, call))
 
 
 def _backward(
@@ -58,9 +52,10 @@ def _backward(
         return backward(call, grad_out, out, lse)
 
     *gradients, table = choose(
+        "self_attention",
+        call,
         backend,
         on_gpu,
-        partial(_uncovered, call),
         triton,
         partial(composite.backward, call, grad_out, out, lse),
     )

@@ -44,7 +44,7 @@ def _forward(*arguments: Any, on_gpu: bool) -> tuple[Tensor, Tensor, Tensor]:
 
         return forward(call)
 
-    out, lse = choose(backend, on_gpu, partial(_uncovered, call), triton, partial(composite.forward, call))
+    out, lse = choose("target_attention", call, backend, on_gpu, triton, partial(composite.forward, call))
     if call.values.dtype == out.dtype:
         return out, lse, out.new_empty(0)
     return out.to(call.values.dtype), lse, out  # which backward needs before it was rounded
@@ -68,21 +68,16 @@ def _backward(
         return backward(call, grad_out, delta, lse)
 
     query, keys, values, bias = choose(
+        "target_attention",
+        call,
         backend,
         on_gpu,
-        partial(_uncovered, call),
         triton,
         partial(composite.backward, call, grad_out, delta, lse),
     )
     gradients = [g.to(x.dtype) for g, x in zip((query, keys, values), given[:3], strict=True)]
     shift = given[6]
     return gradients if shift is None else [*gradients, bias.to(shift.dtype).view_as(shift)]
-
-
-def _uncovered(call: composite.Call) -> str | None:
-    from recattn.kernels.target_attention import uncovered
-
-    return uncovered(call)
 
 
 def _implementation(run: Callable[..., Any], device_type: str) -> Callable[..., Any]:
