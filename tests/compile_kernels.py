@@ -19,7 +19,7 @@ def main(operator: str, targets: str, dtypes: str, amount: str) -> None:
         select_calls([operator]), dtypes.split(","), [CHIPS[target] for target in targets.split(",")]
     ).jobs
     if amount == "few":
-        jobs = list({(job.kernel, job.chip, job.dtype): job for job in reversed(jobs)}.values())
+        jobs = list({(job.module, job.kernel, job.chip, job.dtype): job for job in reversed(jobs)}.values())
     records = compiled(jobs, workers=1, on_done=lambda job: None)
     print(json.dumps([record.as_json() for record in records]))
 

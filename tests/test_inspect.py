@@ -54,6 +54,11 @@ settings.QUERY_FORWARD["narrow", "half"] = launch._replace(block=48)
 """
 
 
+NOT_FITTING = """
+from recattn.inspect.chips import CHIPS
+CHIPS["sm_80"] = CHIPS["sm_80"]._replace(program_shared_memory=512)
+"""
+UNCOVERED = "calls.CALLS = (calls.ActivationUnit(D=128, hidden=(512, 256)),)"
 # Those that no call launches.
 EVERY_KERNEL = """
 import torch
@@ -144,6 +149,19 @@ def test_a_kernel_that_does_not_compile_is_caught(tmp_path: Path) -> None:
     (bad,) = [record for record in records if not record["ok"]]
     assert bad["registers"] is None
     assert "power of 2" in bad["error"]
+
+
+def test_a_kernel_that_does_not_fit_is_caught(tmp_path: Path) -> None:
+    run = inspect(tmp_path, "--arch", "sm_80", fault=NOT_FITTING)
+    assert run.returncode == 1
+    assert "_forward_kernel: a program can have 512 bytes of shared memory" in run.stdout
+
+
+def test_a_call_that_no_kernel_covers_is_told(tmp_path: Path) -> None:
+    run = inspect(tmp_path, "--arch", "sm_80", "--dtype", "float32", fault=UNCOVERED)
+    assert run.returncode == 0, run.stderr
+    assert "no kernel: activation_unit in fp32" in run.stdout
+    assert json.loads((tmp_path / "new" / "records.json").read_text()) == []
 
 
 def test_kernels_in_the_interpreter_cannot_be_inspected(capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,13 +13,14 @@ from recattn.inspect.chips import CHIPS
 
 ARCHS = "sm_80,sm_90,gfx942"
 DTYPES = ("bf16", "fp16", "tf32", "fp32")
+LONG_NAMES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}  # as other commands have them
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Compiles what each operator launches by default, and reports registers, spills, shared memory, occupancy,"
-        " instructions and the roofline of the operator. The exit status is 1 where a kernel spills registers or does"
-        " not compile."
+        " instructions and the roofline of the operator. The exit status is 1 where a kernel spills registers, does not"
+        " compile, or does not fit the GPU."
     )
     parser.add_argument(
         "--arch", default=ARCHS, metavar="A,B", help=f"some of {', '.join(CHIPS)} (default: {ARCHS})"
@@ -50,9 +51,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Returns 1 if a kernel spills registers or does not compile."""
+    """Returns 1 if a kernel spills registers, does not compile, or does not fit the GPU."""
     archs = _some("arch", args.arch, tuple(CHIPS))
-    dtypes = _some("dtype", args.dtype, DTYPES)
+    dtypes = _some("dtype", ",".join(LONG_NAMES.get(d, d) for d in args.dtype.split(",")), DTYPES)
     calls = select_calls(args.op and args.op.split(","), args.shape)
     if args.workers < 1:
         raise ValueError(f"workers: expected at least 1, got {args.workers}")
@@ -90,7 +91,7 @@ def run(args: argparse.Namespace) -> int:
     bad = report.failures(records)
     for line in bad:
         console.print(line, style="red", markup=False, highlight=False)
-    console.print(f"{len(records)} kernels, {len(bad)} of them spill or do not compile")
+    console.print(f"{len(records)} kernels, {len(bad)} of them not clean")
     if args.json is not None:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps([r.as_json() for r in records], indent=2) + "\n", encoding="utf-8")

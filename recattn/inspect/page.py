@@ -88,7 +88,7 @@ def _plot(chip: Chip, records: Sequence[Record], colors: dict[str, str]) -> str:
     }
     peaks["fma"] = chip.fma
     most = 2 * max(peaks.values())
-    least = most / 1e5
+    least = INTENSITIES[0] * chip.bandwidth / 2
 
     def x(intensity: float) -> float:
         return LEFT + (WIDTH - LEFT - RIGHT) * _share(intensity, *INTENSITIES)
@@ -103,8 +103,7 @@ def _plot(chip: Chip, records: Sequence[Record], colors: dict[str, str]) -> str:
     ]
     for name, peak in peaks.items():
         ridge = peak / chip.bandwidth
-        start = max(INTENSITIES[0], least / chip.bandwidth)
-        corners = ((start, start * chip.bandwidth), (ridge, peak), (INTENSITIES[1], peak))
+        corners = ((INTENSITIES[0], INTENSITIES[0] * chip.bandwidth), (ridge, peak), (INTENSITIES[1], peak))
         path = " ".join(f"{x(i):.1f},{y(r):.1f}" for i, r in corners)
         parts.append(f'<polyline points="{path}" fill="none" stroke="#555" stroke-width="1.2"/>')
         parts.append(

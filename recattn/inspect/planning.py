@@ -33,6 +33,7 @@ DTYPES = {
 class Job(NamedTuple):
     call: Call
     step: str  # forward or backward
+    module: str  # of `recattn.kernels`
     kernel: str
     chip: Chip
     dtype: str
@@ -80,16 +81,20 @@ def plan(calls: Sequence[Call], dtypes: Sequence[str], chips: Sequence[Chip]) ->
     return Plan(list(jobs.values()), list(uncovered))
 
 
-def _jobs(call: Call, dtype: str, chip: Chip) -> Iterator[Job]:
+def _jobs(call: Call, dtype: str, chip: Chip) -> list[Job]:
     gpu = settings.Gpu(chip.hip, chip.capability // 10, chip.program_shared_memory)
     forward = []
     with settings.choosing_for(gpu), recorded_launches() as launches, recattn.backend("triton"):
         call.launch(DTYPES[dtype][0], then=lambda: forward.append(len(launches)))
         sources = [source_of(launch, chip) for launch in launches]
+    jobs = []
     for index, (launch, source) in enumerate(zip(launches, sources, strict=True)):
         step = "forward" if index < forward[0] else "backward"
         config = {name: value for key, x in launch.kwargs.items() for name, value in _flat(key, x)}
-        yield Job(call, step, launch.kernel.__name__, chip, dtype, config, source)
+        code = launch.kernel.fn
+        module = code.__module__.rpartition(".")[2]
+        jobs.append(Job(call, step, module, code.__name__, chip, dtype, config, source))
+    return jobs
 
 
 def _flat(name: str, value: Any) -> Iterator[tuple[str, Any]]:
@@ -126,18 +131,21 @@ def _record(job: Job, result: Resources | Failure) -> Record:
         "shape": job.call.shape,
         "config": job.config,
         "step": job.step,
+        "module": job.module,
         "roofline": bound_of(forward if job.step == "forward" else backward, chip, job.dtype),
     }
     if isinstance(result, Failure):
         return Record(**known, ok=False, error=str(result))
+    most = chip.program_shared_memory
+    too_much = f"a program can have {most} bytes of shared memory" if result.shared_bytes > most else None
     return Record(
         **known,
         registers=result.registers,
         spill_bytes=result.spill_bytes,
         shared_bytes=result.shared_bytes,
         occupancy=chip.occupancy(result.registers, result.shared_bytes, result.num_warps),
-        ok=result.spill_bytes == 0,
-        error=None,
+        ok=result.spill_bytes == 0 and too_much is None,
+        error=too_much,
         instructions=result.instructions._asdict(),
         matrix_units=result.instructions.matrix > 0,
     )

@@ -24,9 +24,10 @@ class Record:
     spill_bytes: int | None = None
     shared_bytes: int | None = None
     occupancy: float | None = None
-    ok: bool  # compiled, and nothing spilled
+    ok: bool  # compiled, fits the chip, and nothing spilled
     error: str | None
-    step: str
+    step: str  # forward or backward
+    module: str  # of `recattn.kernels`, that has the kernel
     instructions: dict[str, Any] | None = None  # static counts, see `disassembly.Instructions`
     matrix_units: bool | None = None
     roofline: Bound  # of the operator's forward or backward as a whole
