@@ -1,5 +1,8 @@
 PYTHON ?= python3
-VENV := .venv
+# Another Triton than constraints.txt has, in an environment of its own: make verify TRITON=3.6.0
+# The interpreter of 3.6 fails with NumPy 2.4.
+TRITON :=
+VENV := .venv$(if $(TRITON),-triton-$(TRITON))
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
@@ -9,6 +12,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt torch numpy
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[bench,peers,docs,dev]"
+	$(if $(TRITON),$(BIN)/pip install --quiet triton==$(TRITON) "numpy<2.4")
 	touch $@
 
 bench: $(STAMP)
@@ -30,4 +34,4 @@ docs: $(STAMP)
 	$(BIN)/mkdocs build
 
 clean:
-	rm -rf $(VENV) build dist results site *.egg-info
+	rm -rf .venv .venv-triton-* build dist results site *.egg-info

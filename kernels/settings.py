@@ -190,9 +190,34 @@ def wide_fits(precision: str, dim: int, hidden: Sequence[int], device: torch.dev
     )
 
 
+class Gpu(NamedTuple):
+    """What settings ask of one."""
+
+    hip: bool
+    capability: int  # the major one; 0 with hip
+    shared_memory: int  # that a program can have
+
+
+@contextmanager
+def choosing_for(gpu: Gpu) -> Iterator[None]:
+    """Chooses settings, and forms of kernels, for a GPU that need not be there."""
+    global _absent_gpu
+    before = _absent_gpu, torch.version.hip
+    _absent_gpu, torch.version.hip = gpu, "6.4" if gpu.hip else None
+    try:
+        yield
+    finally:
+        _absent_gpu, torch.version.hip = before
+
+
+_absent_gpu: Gpu | None = None
+
+
 def matrix_unit(device: torch.device) -> str:
     """What makes a product: a `"warp"`, from registers, or a `"group"` of four, from shared memory, which wants tiles
     twice as high."""
+    if _absent_gpu is not None:
+        return "group" if _absent_gpu.capability in (9, 10) else "warp"
     nvidia = device.type == "cuda" and torch.version.hip is None
     return "group" if nvidia and torch.cuda.get_device_capability(device)[0] in (9, 10) else "warp"
 
@@ -220,6 +245,8 @@ def _fits(launch: Launch, width: int, hidden: Sequence[int], device: torch.devic
 
 def _shared_memory(device: torch.device) -> int:
     """How much of it a program can have; where there is no GPU to ask, as on an A100."""
+    if _absent_gpu is not None:
+        return _absent_gpu.shared_memory
     if torch.version.hip is not None:
         return 64 << 10
     if device.type != "cuda":

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from recattn import functional
 from recattn.jagged import Jagged, offsets_of
 from recattn.ops.dropout import Dropout
 from recattn.reference import activation_unit, activation_unit_padded
@@ -256,11 +255,3 @@ def _rms(x: Tensor) -> float:
 
 def variant(**changes: Any) -> Case:
     return replace(Case(), **changes)
-
-
-def run_classic_case(dtype: torch.dtype) -> None:
-    """Forward and backward at the widths of most published models, of one query per history and of several."""
-    case = Case(lengths=[300] * 8, dim=64, hidden=(80, 40), dtype=dtype, slack=0, offsets_dtype=torch.int32)
-    for candidates in (None, [8] * 8):
-        case = replace(case, candidates=candidates)
-        call(functional.activation_unit, case, case.tensors())

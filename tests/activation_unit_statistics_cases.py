@@ -10,7 +10,7 @@ import torch
 from activation_unit_cases import Case, activation_params, group
 from torch import Tensor
 
-from recattn import functional, reference
+from recattn import reference
 
 
 def statistics(
@@ -78,18 +78,3 @@ def assert_statistics_within_budget(
 
 def _rms(x: Tensor) -> float:
     return float(x.square().mean().sqrt())
-
-
-def run_classic_case(dtype: torch.dtype) -> None:
-    """Forward and backward behind Dice and dropout, at the widths of most published models."""
-    case = Case(
-        lengths=[300] * 8,
-        dim=64,
-        hidden=(80, 40),
-        activation="dice",
-        dropout=0.2,
-        dtype=dtype,
-        slack=0,
-        offsets_dtype=torch.int32,
-    )
-    statistics(functional.activation_unit_statistics, case, case.tensors(), 2)

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from recattn import functional
 from recattn.jagged import Jagged, offsets_of
 from recattn.reference import attentional_gru, attentional_gru_padded
 
@@ -146,19 +145,3 @@ def _rms(x: Tensor) -> float:
 
 def variant(**changes: Any) -> Case:
     return replace(Case(), **changes)
-
-
-def run_classic_case(dtype: torch.dtype) -> None:
-    """Forward and backward at the widths of DIEN's authors and of wider models, every kind of cell once."""
-    for size, kind, reset_after in ((36, "augru", True), (64, "augru", False), (36, "gru", True)):
-        case = Case(
-            lengths=[50] * 16,
-            width=size,
-            size=size,
-            kind=kind,
-            reset_after=reset_after,
-            dtype=dtype,
-            slack=0,
-            offsets_dtype=torch.int32,
-        )
-        call(functional.attentional_gru, case, case.tensors())

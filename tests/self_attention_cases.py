@@ -142,11 +142,3 @@ def _rms(x: Tensor) -> float:
 
 def variant(**changes: Any) -> Case:
     return replace(Case(), **changes)
-
-
-def run_classic_case(dtype: torch.dtype) -> None:
-    """Forward and backward as in BST with a bias by place, and with every option by time."""
-    plain = Case(lengths=[200] * 8, dim=64, dtype=dtype, slack=0, offsets_dtype=torch.int32)
-    full = replace(plain, causal=True, buckets=64, by_time=True, dropout=0.1)
-    for case in (plain, replace(plain, hide_self=True, buckets=64), full):
-        call(functional.self_attention, case, case.tensors())

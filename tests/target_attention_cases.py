@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from recattn import functional
 from recattn.jagged import Jagged, offsets_of
 from recattn.reference import target_attention, target_attention_padded
 
@@ -194,15 +193,3 @@ def _rms(x: Tensor) -> float:
 
 def variant(**changes: Any) -> Case:
     return replace(Case(), **changes)
-
-
-def run_classic_case(dtype: torch.dtype) -> None:
-    """Forward and backward of one target per history, long and short, and of candidates that share one."""
-    plain = Case(dim=64, dtype=dtype, slack=0, offsets_dtype=torch.int32)
-    for case in (
-        replace(plain, lengths=[200] * 8, bias="shared"),
-        replace(plain, lengths=[10] * 64),
-        replace(plain, lengths=[200] * 4, candidates=[64], heads=2),
-        replace(plain, lengths=[200] * 4, candidates=[5], heads=2),
-    ):
-        call(functional.target_attention, case, case.tensors())

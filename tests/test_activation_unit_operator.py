@@ -8,11 +8,11 @@ import pytest
 import torch
 from activation_unit_cases import Case, activation_params, call, group, variant
 from recattn.kernels import settings
-from recorded_launches import recorded_launches
 from torch import Tensor
 
 import recattn
 from recattn import functional
+from recattn.inspect.recording import recorded_launches
 from recattn.ops.activation_unit import forward_op
 
 

@@ -9,11 +9,11 @@ import pytest
 import torch
 from activation_unit_cases import Case, assert_within_budget, call, variant
 from recattn.kernels import settings
-from recorded_launches import recorded_launches
 from torch import Tensor
 
 import recattn
 from recattn import functional
+from recattn.inspect.recording import recorded_launches
 from recattn.jagged import offsets_of
 from recattn.ops.candidates import Candidates
 

@@ -9,11 +9,11 @@ import pytest
 import torch
 from activation_unit_cases import HISTORIES, Case, assert_within_budget, call, exact, variant
 from recattn.kernels import settings
-from recorded_launches import recorded_launches
 from torch import Tensor
 
 import recattn
 from recattn import functional
+from recattn.inspect.recording import recorded_launches
 
 ACTIVATIONS = ("sigmoid", "relu", "leaky_relu", "prelu", "silu", "gelu", "tanh", "identity")
 PRECISIONS = {"tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 from attentional_gru_cases import CELLS, Case, call, variant
-from recorded_launches import recorded_launches
 from torch import Tensor
 
 import recattn
 from recattn import functional
+from recattn.inspect.recording import recorded_launches
 from recattn.ops.attentional_gru import forward_op
 
 

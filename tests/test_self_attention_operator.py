@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from recorded_launches import recorded_launches
 from self_attention_cases import Case, call, variant
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 import recattn
 from recattn import functional
+from recattn.inspect.recording import recorded_launches
 from recattn.ops.self_attention import forward_op
 
 F64 = torch.float64

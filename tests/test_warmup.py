@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import torch
 from recattn.kernels import tuning
-from recorded_launches import recorded_launches
 
 import recattn
 from recattn import Jagged
+from recattn.inspect.recording import recorded_launches
 
 LONG, SHORT = [200, 0, 100], [3, 0, 2, 5]
 

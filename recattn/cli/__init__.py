@@ -11,6 +11,7 @@ COMMANDS = {
     "train": "train a model on a real log, fused and eager side by side",
     "bench": "time operators against eager, torch.compile and installed libraries",
     "profile": "time and memory as the history grows",
+    "inspect": "what the kernels compile to, for GPUs that need not be there",
     "doctor": "what is installed here, what runs on it, and what is wrong",
 }
 

@@ -1,4 +1,4 @@
-"""What the launchers of kernels would launch."""
+"""What the launchers of kernels would launch, without launching it."""
 
 from __future__ import annotations
 
@@ -7,11 +7,17 @@ import pkgutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import recattn.kernels
 
-Launch = tuple[Any, tuple[Any, ...], dict[str, Any]]  # kernel, arguments, constants
+__all__ = ["Launch", "modules", "recorded_launches"]
+
+
+class Launch(NamedTuple):
+    kernel: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]  # constants of the kernel, and options such as num_warps
 
 
 class Recorder:
@@ -21,7 +27,7 @@ class Recorder:
         self.kernel, self.launches = kernel, launches
 
     def __getitem__(self, grid: tuple[int, ...]) -> Any:
-        return lambda *args, **kwargs: self.launches.append((self.kernel, args, kwargs))
+        return lambda *args, **kwargs: self.launches.append(Launch(self.kernel, args, kwargs))
 
 
 def modules() -> list[ModuleType]:

@@ -1,0 +1,1 @@
+"""What kernels compile to, for GPUs that need not be there: the machinery of `recattn inspect`."""
