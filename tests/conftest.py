@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import random
 
 os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports the kernels
 
 from collections.abc import Iterator
 from typing import Any
 
+import hypothesis
 import numpy as np
 import pytest
 import torch
@@ -64,6 +66,24 @@ def poisoned_memory() -> Iterator[None]:
         yield
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+# How many random calls tests/test_fuzz.py makes. `make verify` takes the second and a seed of its own.
+hypothesis.settings.register_profile("ci", max_examples=100)
+hypothesis.settings.register_profile("verify", max_examples=2500)
+hypothesis.settings.load_profile("ci")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_configure(config: pytest.Config) -> None:
+    """Chooses hypothesis's seed here, so that it can be told; workers of xdist take it over."""
+    if config.option.hypothesis_seed is None:
+        verify = config.option.hypothesis_profile == "verify"
+        config.option.hypothesis_seed = str(random.SystemRandom().randrange(2**32) if verify else 0)
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    return f"hypothesis seed: {config.option.hypothesis_seed} (--hypothesis-seed)"
 
 
 PRECISIONS = {

@@ -90,7 +90,10 @@ class SelfAttention(Twin):
             if lengths is not None or mask is not None:
                 raise ValueError("lengths, mask: expected None, since x is not padded")
             self._check("x", x.values, ("T",))
-            return x.with_values(self._attend(x.values, x.offsets, bias_index))
+            # The projections read slack too, and a gradient of zero times NaN would be NaN in theirs.
+            slack = torch.arange(x.values.shape[0], device=x.device) >= x.offsets[-1]
+            items = x.values.masked_fill(slack.unsqueeze(1), 0)
+            return x.with_values(self._attend(items, x.offsets, bias_index))
         self._check("x", x, ("B", "L"))
         valid = valid_positions(x, lengths, mask)
         rows, offsets = pack(valid)
