@@ -14,7 +14,7 @@ from recattn.composite import activation_unit as composite
 from recattn.ops.candidates import Candidates
 from recattn.ops.dropout import Dropout
 from recattn.ops.fold import FEATURES, fold, unfold
-from recattn.ops.library import LIBRARY, choose, without_autocast
+from recattn.ops.library import LIBRARY, choose, surroundings
 from recattn.ops.rows import table_gradient
 
 __all__ = ["ACTIVATIONS", "FEATURES", "NORMALIZATIONS", "backward_op", "forward_op"]
@@ -179,7 +179,7 @@ def _uncovered(unit: composite.Unit) -> str | None:
 
 def implementation_of(run: Callable[..., Any], device_type: str) -> Callable[..., Any]:
     def implementation(*arguments: Any) -> Any:
-        with without_autocast(device_type):
+        with surroundings(device_type, arguments):
             return run(*arguments, on_gpu=device_type == "cuda")
 
     return implementation
