@@ -123,3 +123,6 @@ def test_slack_rows_never_reach_the_projections() -> None:
     expected = gradients(made, made(x).values[:-2])
     x.values[-2:] = torch.nan
     torch.testing.assert_close(gradients(made, made(x).values[:-2]), expected, rtol=0, atol=0)
+    padding = torch.full((2, 3, D), torch.nan, dtype=torch.float64)
+    nothing = made(padding, lengths=torch.tensor([0, 0]))
+    assert all(g is None or not g.any() for g in gradients(made, nothing))

@@ -100,7 +100,8 @@ class Layout:
 
     def gather(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         x = x[: self.total] if self._rows is None else x.index_select(0, self._rows)
-        return x.to(dtype)
+        # PyTorch's attention takes a row's elements to be adjacent, and says nothing where they are not.
+        return x.to(dtype) if x.stride(1) == 1 else x.to(dtype).contiguous()
 
     def scatter(self, x: Tensor, like: Tensor, dtype: torch.dtype) -> Tensor:
         """The inverse of `gather`, to as many rows as `like` has, zero for slack."""

@@ -90,10 +90,7 @@ class SelfAttention(Twin):
             if lengths is not None or mask is not None:
                 raise ValueError("lengths, mask: expected None, since x is not padded")
             self._check("x", x.values, ("T",))
-            # The projections read slack too, and a gradient of zero times NaN would be NaN in theirs.
-            slack = torch.arange(x.values.shape[0], device=x.device) >= x.offsets[-1]
-            items = x.values.masked_fill(slack.unsqueeze(1), 0)
-            return x.with_values(self._attend(items, x.offsets, bias_index))
+            return x.with_values(self._attend(x.values, x.offsets, bias_index))
         self._check("x", x, ("B", "L"))
         valid = valid_positions(x, lengths, mask)
         rows, offsets = pack(valid)
@@ -111,6 +108,9 @@ class SelfAttention(Twin):
             raise ValueError(f"{name}: expected [{', '.join(leading)}, {self.dim}], got {list(x.shape)}")
 
     def _attend(self, x: Tensor, offsets: Tensor, bias_index: str | Tensor) -> Tensor:
+        # Projections read slack too, and a gradient of zero times NaN would be NaN in theirs.
+        slack = torch.arange(x.shape[0], device=x.device) >= offsets[-1]
+        x = x.masked_fill(slack.unsqueeze(1), 0)
         q, k, v = self.projection(x).chunk(3, 1)
         options: dict[str, Any] = {
             "num_heads": self.num_heads,
