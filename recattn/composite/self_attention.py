@@ -192,6 +192,8 @@ def _ranges(call: Attention, group: Group) -> Iterator[slice]:
 def _plain(call: Attention) -> bool:
     """Whether PyTorch has an operator for sequences of one length."""
     usual = call.table is None and not call.hide_self and not call.dropout
+    # What is hidden it scales too: minus infinity times a scale that is not positive.
+    usual = usual and (call.scale > 0 or not call.causal)
     return usual and call.q.device.type == "cpu" and call.dim == call.value_dim
 
 
