@@ -282,8 +282,8 @@ def grouped(
 
 
 def _with_autograd(*arguments: Any) -> tuple[Tensor, ...]:
-    *data, weights, biases, params = arguments[:10]
-    return _Autograd.apply(len(weights), arguments[10:], *data, *weights, *biases, *params)
+    *data, weights, biases, params = arguments[:10]  # AOTInductor has None for an empty list
+    return _Autograd.apply(len(weights), arguments[10:], *data, *weights, *biases, *(params or ()))
 
 
 def no_second_derivative(*_: Any) -> Any:
