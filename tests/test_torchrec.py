@@ -60,7 +60,8 @@ def test_gradients_reach_the_table_of_an_embedding_collection() -> None:
     torch.testing.assert_close(got, *torch.autograd.grad(expected.square().sum(), table))
 
 
+@pytest.mark.slow
 def test_the_example_learns() -> None:
     example = runpy.run_path(str(Path(__file__).parent.parent / "examples" / "torchrec_din.py"))
-    losses = example["main"](steps=80)
-    assert sum(losses[-20:]) < 0.85 * sum(losses[:20])
+    losses = example["main"](steps=200)
+    assert sum(losses[-20:]) < 0.8 * sum(losses[:20])
