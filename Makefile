@@ -23,7 +23,7 @@ test: $(STAMP)
 	$(BIN)/python -m pytest -n auto -m "not slow"
 
 verify: $(STAMP)
-	$(BIN)/python -m pytest -n auto
+	$(BIN)/python -m pytest -n auto --hypothesis-profile=verify
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -37,8 +37,9 @@ from .pairs import (
 )
 from .primitives import LN_2, LOG2_E, dot, exp2, scale, store_rows, zero_rows
 from .score_dropout import kept, row_keys
+from .settings import Kernel
 
-__all__ = ["forward", "uncovered"]
+__all__ = ["forward", "kernel_of", "uncovered"]
 
 COLUMNS = tl.constexpr(8)
 LOWEST = tl.constexpr(-1e30)  # finite, so that its difference from itself is no NaN
@@ -240,6 +241,11 @@ def _forward_kernel(data, out, lse, scores, SPEC: tl.constexpr):
     place = base + rows.place
     store_rows(out, scale(acc, norm[:, None]), place, get(SPEC, "dim"), rows.valid, get(SPEC, "dim"), 16)
     tl.store(lse + place, tl.where(some, (peak + tl.log2(mass)) * LN_2, float("-inf")), mask=rows.valid)
+
+
+def kernel_of(call: Any) -> Kernel:  # noqa: ARG001 (as of every operator)
+    """The kernel that forward launches for a call that is covered."""
+    return Kernel("pairs", "samples are rows of a tile, and pairs never exist")
 
 
 def forward(call: Any) -> tuple[Tensor, Tensor, Tensor]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import random
 
 os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports the kernels
 
 from collections.abc import Iterator
 from typing import Any
 
+import hypothesis
 import numpy as np
 import pytest
 import torch
@@ -30,6 +32,31 @@ def _cast_to_nearest(self: Any, src: Any, dst_type: Any) -> Any:
 
 interpreter.InterpreterBuilder.cast_impl = _cast_to_nearest
 
+_patch_lang = interpreter._patch_lang
+_patched: set[bool] = set()
+
+
+class _Scope(interpreter._LangPatchScope):
+    """What a launch has to undo."""
+
+    def restore(self) -> None:
+        super().restore()
+        _patched.clear()
+
+
+def _patch_lang_once(fn: Any) -> Any:
+    """The interpreter changes triton.language for each call of a jit function, nested ones too, though what a launch
+    has changed holds until it ends. Doing it once takes a quarter off the tests."""
+    sees_core = any(value is tl.core for value in fn.__globals__.values())
+    scope = _Scope()
+    if sees_core not in _patched:
+        _patched.add(sees_core)
+        scope._changes = _patch_lang(fn)._changes
+    return scope
+
+
+interpreter._patch_lang = _patch_lang_once
+
 
 @pytest.fixture
 def poisoned_memory() -> Iterator[None]:
@@ -39,6 +66,24 @@ def poisoned_memory() -> Iterator[None]:
         yield
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+# How many random calls tests/test_fuzz.py makes. `make verify` takes the second and a seed of its own.
+hypothesis.settings.register_profile("ci", max_examples=100)
+hypothesis.settings.register_profile("verify", max_examples=2500)
+hypothesis.settings.load_profile("ci")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_configure(config: pytest.Config) -> None:
+    """Chooses hypothesis's seed here, so that it can be told; workers of xdist take it over."""
+    if config.option.hypothesis_seed is None:
+        verify = config.option.hypothesis_profile == "verify"
+        config.option.hypothesis_seed = str(random.SystemRandom().randrange(2**32) if verify else 0)
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    return f"hypothesis seed: {config.option.hypothesis_seed} (--hypothesis-seed)"
 
 
 PRECISIONS = {

@@ -116,3 +116,13 @@ def test_bad_input_is_named() -> None:
         made(jagged(), lengths=LENGTHS)
     with pytest.raises(ValueError, match="lengths, mask: expected exactly one of the two"):
         made(torch.zeros(2, 3, D))
+
+
+def test_slack_rows_never_reach_the_projections() -> None:
+    made, x = layer(buckets=4), jagged()
+    expected = gradients(made, made(x).values[:-2])
+    x.values[-2:] = torch.nan
+    torch.testing.assert_close(gradients(made, made(x).values[:-2]), expected, rtol=0, atol=0)
+    padding = torch.full((2, 3, D), torch.nan, dtype=torch.float64)
+    nothing = made(padding, lengths=torch.tensor([0, 0]))
+    assert all(g is None or not g.any() for g in gradients(made, nothing))

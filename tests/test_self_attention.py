@@ -185,3 +185,20 @@ def test_autocast_casts_and_gradients_keep_the_dtype_of_their_tensor() -> None:
     for name, result in results.items():
         if name.startswith("grad"):
             assert result.dtype == torch.float32
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+@pytest.mark.parametrize("causal", [False, True])
+def test_elements_of_a_row_may_lie_apart(causal: bool, backend: str) -> None:
+    case = variant(lengths=[2, 0, 9], causal=causal)
+    tensors = {name: x.t().contiguous().t() for name, x in case.tensors().items()}
+    expected = run(case, backend)
+    for name, result in run(case, backend, tensors).items():
+        torch.testing.assert_close(result, expected[name], rtol=0, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+@pytest.mark.parametrize("scale", [-0.5, 0.0])
+@pytest.mark.parametrize("causal", [False, True])
+def test_the_scale_may_be_anything(causal: bool, scale: float, backend: str) -> None:
+    check(variant(lengths=[2, 0, 9], causal=causal, scale=scale), backend)

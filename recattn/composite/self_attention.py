@@ -100,7 +100,8 @@ class Layout:
 
     def gather(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         x = x[: self.total] if self._rows is None else x.index_select(0, self._rows)
-        return x.to(dtype)
+        # PyTorch's attention takes a row's elements to be adjacent, and says nothing where they are not.
+        return x.to(dtype) if x.stride(1) == 1 else x.to(dtype).contiguous()
 
     def scatter(self, x: Tensor, like: Tensor, dtype: torch.dtype) -> Tensor:
         """The inverse of `gather`, to as many rows as `like` has, zero for slack."""
@@ -191,6 +192,8 @@ def _ranges(call: Attention, group: Group) -> Iterator[slice]:
 def _plain(call: Attention) -> bool:
     """Whether PyTorch has an operator for sequences of one length."""
     usual = call.table is None and not call.hide_self and not call.dropout
+    # What is hidden it scales too: minus infinity times a scale that is not positive.
+    usual = usual and (call.scale > 0 or not call.causal)
     return usual and call.q.device.type == "cpu" and call.dim == call.value_dim
 
 

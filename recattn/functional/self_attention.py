@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -106,7 +104,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, num_heads: int, dro
             raise ValueError(
                 f"{name}: expected a width that num_heads = {num_heads} divides, got {list(x.shape)}"
             )
-    if not 0 <= dropout < 1 or not math.isfinite(dropout):
+    if not 0 <= dropout < 1:
         raise ValueError(f"dropout: expected at least 0 and less than 1, got {dropout}")
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from recattn.composite.blocks import segment_sum
+from recattn.composite.segments import Segments
 from recattn.jagged import Jagged
 
 
@@ -60,7 +60,7 @@ class _AttentionWeights(torch.autograd.Function):
             return torch.zeros_like(query), torch.zeros_like(keys), None
         through = grad.to(weights.dtype) * weights
         through -= weights * _sums(through, offsets).index_select(0, owner)
-        grad_query = segment_sum(keys.to(weights.dtype), offsets, through)
+        grad_query = Segments.of(offsets, keys.shape[0]).sum(keys.to(weights.dtype), through)
         grad_keys = through.unsqueeze(1) * query.to(weights.dtype).index_select(0, owner)
         return grad_query.to(query.dtype), grad_keys.to(keys.dtype), None
 

@@ -108,6 +108,9 @@ class SelfAttention(Twin):
             raise ValueError(f"{name}: expected [{', '.join(leading)}, {self.dim}], got {list(x.shape)}")
 
     def _attend(self, x: Tensor, offsets: Tensor, bias_index: str | Tensor) -> Tensor:
+        # Projections read slack too, and a gradient of zero times NaN would be NaN in theirs.
+        slack = torch.arange(x.shape[0], device=x.device) >= offsets[-1]
+        x = x.masked_fill(slack.unsqueeze(1), 0)
         q, k, v = self.projection(x).chunk(3, 1)
         options: dict[str, Any] = {
             "num_heads": self.num_heads,

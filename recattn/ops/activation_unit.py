@@ -15,7 +15,7 @@ from recattn.composite.segments import Segments
 from recattn.ops.candidates import Candidates
 from recattn.ops.dropout import Dropout
 from recattn.ops.fold import FEATURES, fold, unfold
-from recattn.ops.library import LIBRARY, choose, without_autocast
+from recattn.ops.library import LIBRARY, choose, surroundings
 from recattn.ops.rows import table_gradient
 
 __all__ = ["ACTIVATIONS", "FEATURES", "NORMALIZATIONS", "backward_op", "forward_op"]
@@ -175,7 +175,7 @@ def in_dtypes(gradients: Sequence[Tensor], call: Sequence[Any]) -> list[Tensor]:
 
 def implementation_of(run: Callable[..., Any], device_type: str) -> Callable[..., Any]:
     def implementation(*arguments: Any) -> Any:
-        with without_autocast(device_type):
+        with surroundings(device_type, arguments):
             return run(*arguments, on_gpu=device_type == "cuda")
 
     return implementation
@@ -278,8 +278,8 @@ def grouped(
 
 
 def _with_autograd(*arguments: Any) -> tuple[Tensor, ...]:
-    *data, weights, biases, params = arguments[:10]
-    return _Autograd.apply(len(weights), arguments[10:], *data, *weights, *biases, *params)
+    *data, weights, biases, params = arguments[:10]  # AOTInductor has None for an empty list
+    return _Autograd.apply(len(weights), arguments[10:], *data, *weights, *biases, *(params or ()))
 
 
 def no_second_derivative(*_: Any) -> Any:

@@ -147,7 +147,7 @@ class _Autograd(torch.autograd.Function):
 def _with_autograd(*arguments: Any) -> tuple[Tensor, ...]:
     data: Sequence[Any] = arguments[:7]
     weights, biases, params = arguments[7:10]
-    return _Autograd.apply(len(weights), arguments[10:], *data, *weights, *biases, *params)
+    return _Autograd.apply(len(weights), arguments[10:], *data, *weights, *biases, *(params or ()))
 
 
 LIBRARY.impl("activation_unit_statistics", _with_autograd, "Autograd")

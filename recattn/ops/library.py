@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from importlib import import_module
 from typing import Any, NamedTuple
@@ -92,3 +92,13 @@ def without_autocast(device_type: str) -> AbstractContextManager[Any]:
     if torch.is_autocast_enabled(device_type):
         return torch.autocast(device_type, enabled=False)
     return nullcontext()
+
+
+@contextmanager
+def surroundings(device_type: str, arguments: Sequence[Any]) -> Iterator[None]:
+    """What an implementation runs in: without autocast, and where there are several GPUs with that of its tensors as
+    the current one, on which Triton launches."""
+    device = next(x.device for x in arguments if isinstance(x, torch.Tensor))
+    on_its_device = torch.cuda.device(device) if device_type == "cuda" else nullcontext()
+    with without_autocast(device_type), on_its_device:
+        yield

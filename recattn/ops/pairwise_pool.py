@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from recattn.composite import pairwise_pool as composite
-from recattn.ops.library import LIBRARY, choose, without_autocast
+from recattn.ops.library import LIBRARY, choose, surroundings
 
 __all__ = ["backward_op", "forward_op"]
 
@@ -30,12 +30,6 @@ forward_op = torch.ops.recattn.pairwise_pool.default
 backward_op = torch.ops.recattn.pairwise_pool_backward.default
 
 
-def _uncovered(call: composite.Call) -> str | None:
-    from recattn.kernels.pairwise_pool import uncovered
-
-    return uncovered(call)
-
-
 def _forward(*arguments: Any, on_gpu: bool) -> tuple[Tensor, ...]:
     *given, backend = arguments
     call = composite.Call(*given)
@@ -47,7 +41,7 @@ def _forward(*arguments: Any, on_gpu: bool) -> tuple[Tensor, ...]:
         return out, lse, composite.weights_of(call, scores, lse) if call.return_weights else scores
 
     exact_out, lse, exact_weights = choose(
-        backend, on_gpu, partial(_uncovered, call), triton, partial(composite.forward, call)
+        "pairwise_pool", call, backend, on_gpu, triton, partial(composite.forward, call)
     )
     if call.fields.dtype == call.dtype:
         return exact_out, exact_weights, lse, lse.new_empty(0), lse.new_empty(0)
@@ -78,9 +72,10 @@ def _backward(
         return backward(call, grad_out, grad_weights, delta, lse)
 
     gradients = choose(
+        "pairwise_pool",
+        call,
         backend,
         on_gpu,
-        partial(_uncovered, call),
         triton,
         partial(composite.backward, call, grad_out, grad_weights, delta, lse),
     )
@@ -89,7 +84,7 @@ def _backward(
 
 def _implementation(run: Callable[..., Any], device_type: str) -> Callable[..., Any]:
     def implementation(*arguments: Any) -> Any:
-        with without_autocast(device_type):
+        with surroundings(device_type, arguments):
             return run(*arguments, on_gpu=device_type == "cuda")
 
     return implementation

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from recattn.composite import self_attention as composite
-from recattn.ops.library import LIBRARY, choose, without_autocast
+from recattn.ops.library import LIBRARY, choose, surroundings
 
 __all__ = ["backward_op", "forward_op"]
 
@@ -64,7 +64,7 @@ def _backward(
 
 def _implementation(run: Callable[..., Any], device_type: str) -> Callable[..., Any]:
     def implementation(*arguments: Any) -> Any:
-        with without_autocast(device_type):
+        with surroundings(device_type, arguments):
             return run(*arguments, on_gpu=device_type == "cuda")
 
     return implementation
