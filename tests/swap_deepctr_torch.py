@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-import sys
-from types import ModuleType
 from typing import Any
 
-import pytest
 import torch
+from swap_cases import import_or_skip
 from torch import Tensor, nn
 
 import recattn
 
-with pytest.MonkeyPatch.context() as patch:
-    # At its import the library asks the network, in a thread, whether it is the newest.
-    utils = ModuleType("deepctr_torch.utils")
-    utils.check_version = lambda _: None  # type: ignore[attr-defined]
-    patch.setitem(sys.modules, "deepctr_torch.utils", utils)
-    pytest.importorskip("deepctr_torch", reason='needs DeepCTR-Torch: pip install "recattn[peers]"')
+import_or_skip("deepctr_torch")
 
 from deepctr_torch.inputs import SparseFeat, VarLenSparseFeat, get_feature_names
 from deepctr_torch.layers.activation import Dice
