@@ -126,22 +126,19 @@ def assert_state_survives(layer: nn.Module, call: Callable[[nn.Module], Tensor])
     assert [type(m) for m in layer.modules()] == classes
 
 
-def assert_exports_as_own(layer: nn.Module, example: tuple[Any, ...], script: bool) -> None:
-    """torch.fx, jit.trace and, where the library's own layer compiles, TorchScript give what the library's gives."""
+def assert_exports_as_own(layer: nn.Module, example: tuple[Any, ...]) -> None:
+    """torch.fx, `jit.trace` and TorchScript make of a fused layer what they make of the library's own."""
     own = layer.eval()
     fused = copy.deepcopy(own)
     recattn.fuse(fused)
-    expected = own(*example)
-    # Modules called in the graph are the library's, of which the fused layer calls none.
-    for make in (torch.fx.symbolic_trace, lambda m: torch.jit.trace(m, example, check_trace=False)):
+    kind = type(fused)
+    assert kind is not type(own)
+    for export in (torch.fx.symbolic_trace, lambda m: torch.jit.trace(m, example, check_trace=False), torch.jit.script):
         try:
-            want = make(own)
-        except Exception as error:  # what the library's own layer does not survive, ours need not
+            expected = export(own)(*example)
+        except Exception as error:  # what the library's own layer does not survive
             with pytest.raises(type(error)):
-                make(fused)
-            continue
-        got = make(fused)
-        torch.testing.assert_close(got(*example), want(*example), rtol=0, atol=0)
-    if script:
-        torch.testing.assert_close(torch.jit.script(fused)(*example), expected, rtol=0, atol=0)
-    assert type(fused) is not type(own)
+                export(fused)(*example)
+        else:
+            torch.testing.assert_close(export(fused)(*example), expected, rtol=0, atol=0)
+    assert type(fused) is kind

@@ -168,4 +168,4 @@ def test_state_copies_and_export() -> None:
     for layer in (din(hidden_activations="dice"), spread(MultiHeadTargetAttention(WIDTH, 6, num_heads=2))):
         example = (query, keys, MASKS["left"])
         assert_state_survives(nn.ModuleDict({"pool": layer}), lambda m: m["pool"](*example))
-        assert_exports_as_own(layer, example, script=False)
+        assert_exports_as_own(layer, example)

@@ -37,7 +37,10 @@ class Padded(NamedTuple):
         """`[B, D]` with what an empty history has, instead of 0."""
         if (none := self._empty(empty)) is None:
             return result
-        padding = self.keys.mean(1) if empty == MEAN else self.keys.sum(1) * torch.nan
+        if empty == MEAN:
+            padding = self.keys.mean(1)
+        else:  # in those rows alone, of the gradient too
+            padding = self.keys.sum(1) * torch.zeros_like(none, dtype=result.dtype).masked_fill(none, torch.nan)
         return torch.where(none, padding.to(result.dtype), result)
 
     def attention(self, scores: Tensor, empty: str) -> Tensor:
