@@ -1,0 +1,150 @@
+"""pairwise_pool: schema, fake, autograd, and its implementations bound to the dispatcher."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from recattn.composite import pairwise_pool as composite
+from recattn.ops.library import LIBRARY, choose, without_autocast
+
+__all__ = ["backward_op", "forward_op"]
+
+_ARGUMENTS = (
+    "Tensor fields, Tensor weight, Tensor bias, Tensor projection, Tensor? seed, float dropout,"
+    " bool return_weights, str backend"
+)
+LIBRARY.define(
+    f"pairwise_pool({_ARGUMENTS}) -> (Tensor out, Tensor weights, Tensor lse, Tensor exact_out,"
+    " Tensor exact_weights)"
+)
+LIBRARY.define(
+    "pairwise_pool_backward(Tensor grad_out, Tensor? grad_weights, Tensor lse, Tensor exact_out,"
+    f" Tensor exact_weights, {_ARGUMENTS}) -> (Tensor, Tensor, Tensor, Tensor)"
+)
+forward_op = torch.ops.recattn.pairwise_pool.default
+backward_op = torch.ops.recattn.pairwise_pool_backward.default
+
+
+def _uncovered(call: composite.Call) -> str | None:
+    from recattn.kernels.pairwise_pool import uncovered
+
+    return uncovered(call)
+
+
+def _forward(*arguments: Any, on_gpu: bool) -> tuple[Tensor, ...]:
+    *given, backend = arguments
+    call = composite.Call(*given)
+
+    def triton() -> tuple[Tensor, Tensor, Tensor]:
+        from recattn.kernels.pairwise_pool import forward
+
+        return forward(call)
+
+    exact_out, lse, exact_weights = choose(
+        backend, on_gpu, partial(_uncovered, call), triton, partial(composite.forward, call)
+    )
+    if call.fields.dtype == call.dtype:
+        return exact_out, exact_weights, lse, lse.new_empty(0), lse.new_empty(0)
+    out, weights = (x.to(call.fields.dtype) for x in (exact_out, exact_weights))
+    return out, weights, lse, exact_out, exact_weights  # which backward needs before they were rounded
+
+
+def _backward(
+    grad_out: Tensor,
+    grad_weights: Tensor | None,
+    lse: Tensor,
+    exact_out: Tensor,
+    exact_weights: Tensor,
+    *arguments: Any,
+    on_gpu: bool,
+) -> tuple[Tensor, ...]:
+    *given, backend = arguments
+    call = composite.Call(*given)
+    grad_weights = grad_weights if call.return_weights else None
+    # Σ_p a_p dL/da_p, where Σ_p a_p v_i v_j is out.
+    delta = torch.linalg.vecdot(grad_out.to(call.dtype), exact_out)
+    if grad_weights is not None:
+        delta += torch.linalg.vecdot(grad_weights.to(call.dtype), exact_weights)
+
+    def triton() -> tuple[Tensor, ...]:
+        from recattn.kernels.pairwise_pool_backward import backward
+
+        return backward(call, grad_out, grad_weights, delta, lse)
+
+    gradients = choose(
+        backend,
+        on_gpu,
+        partial(_uncovered, call),
+        triton,
+        partial(composite.backward, call, grad_out, grad_weights, delta, lse),
+    )
+    return tuple(g.to(x.dtype) for g, x in zip(gradients, given, strict=False))
+
+
+def _implementation(run: Callable[..., Any], device_type: str) -> Callable[..., Any]:
+    def implementation(*arguments: Any) -> Any:
+        with without_autocast(device_type):
+            return run(*arguments, on_gpu=device_type == "cuda")
+
+    return implementation
+
+
+for _key in ("CPU", "CUDA"):
+    LIBRARY.impl("pairwise_pool", _implementation(_forward, _key.lower()), _key)
+    LIBRARY.impl("pairwise_pool_backward", _implementation(_backward, _key.lower()), _key)
+
+
+@torch.library.register_fake("recattn::pairwise_pool", lib=LIBRARY)
+def _fake(*arguments: Any) -> tuple[Tensor, ...]:
+    fields, return_weights = arguments[0], arguments[6]
+    batch, count, width = fields.shape
+    pairs = count * (count - 1) // 2 if return_weights else 0
+    exact = torch.promote_types(fields.dtype, torch.float32)
+    rounded = exact != fields.dtype
+    lse = fields.new_empty(batch, dtype=exact)
+    return (
+        fields.new_empty(batch, width),
+        fields.new_empty(batch, pairs),
+        lse,
+        lse.new_empty((batch, width) if rounded else 0),
+        lse.new_empty((batch, pairs) if rounded else 0),
+    )
+
+
+@torch.library.register_fake("recattn::pairwise_pool_backward", lib=LIBRARY)
+def _fake_backward(*arguments: Any) -> tuple[Tensor, ...]:
+    return tuple(x.new_empty(x.shape) for x in arguments[5:9])
+
+
+class _Autograd(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:
+        with torch._C._AutoDispatchBelowAutograd():
+            out, weights, lse, exact_out, exact_weights = forward_op(*arguments)
+        exact = (exact_out, exact_weights) if lse.dtype != out.dtype else (out, weights)
+        ctx.save_for_backward(lse, *exact, *arguments[:5])
+        ctx.options = arguments[5:]
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(lse, exact_out, exact_weights)
+        return out, weights, lse, exact_out, exact_weights
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor | None, grad_weights: Tensor | None, *_: Any) -> tuple[Any, ...]:
+        lse, exact_out, exact_weights, *tensors = ctx.saved_tensors
+        if grad_out is None:
+            grad_out = torch.zeros_like(exact_out, dtype=tensors[0].dtype)
+        gradients = backward_op(grad_out, grad_weights, lse, exact_out, exact_weights, *tensors, *ctx.options)
+        return *gradients, None, *(None for _ in ctx.options)
+
+
+def _no_second_derivative(*_: Any) -> Any:
+    raise NotImplementedError("pairwise_pool: a second derivative was asked for, and only the first is built")
+
+
+LIBRARY.impl("pairwise_pool", _Autograd.apply, "Autograd")
+torch.library.register_autograd("recattn::pairwise_pool_backward", _no_second_derivative, lib=LIBRARY)
