@@ -49,9 +49,10 @@ def run(layer: nn.Module, call: Callable[[nn.Module], Any], inputs: list[Tensor]
     """The outputs, the gradients of inputs and parameters for some gradient of them, and the buffers afterwards."""
     outputs = call(layer)
     outputs = [x for x in (outputs if isinstance(outputs, tuple) else (outputs,)) if isinstance(x, Tensor)]
-    upstream = [torch.arange(1.0, 1 + x.numel()).reshape(x.shape).cos().to(x) for x in outputs]
+    heads = [x for x in outputs if x.requires_grad]
+    upstream = [torch.arange(1.0, 1 + x.numel()).reshape(x.shape).cos().to(x) for x in heads]
     leaves = [*inputs, *layer.parameters()]
-    grads = torch.autograd.grad(outputs, leaves, upstream, materialize_grads=True)
+    grads = torch.autograd.grad(heads, leaves, upstream, materialize_grads=True) if heads else ()
     return [*outputs, *grads, *layer.buffers()]
 
 

@@ -28,9 +28,15 @@ SEMANTICS = ("exact", "valid")
 # the peer's is, so that no peer is ever imported from here.
 PEERS = {
     "deepctr_torch.layers.sequence": "recattn.swap.deepctr_torch",
+    "deepctr_torch.models.dien": "recattn.swap.deepctr_torch_dien",
+    "deepctr_torch.layers.interaction": "recattn.swap.deepctr_torch_afm",
     "fuxictr.pytorch.layers.attentions.target_attention": "recattn.swap.fuxictr",
+    "model_zoo.LongCTR.DIEN.DIEN": "recattn.swap.fuxictr_dien",
     "recbole.model.layers": "recattn.swap.recbole",
+    "recbole.model.sequential_recommender.dien": "recattn.swap.recbole_dien",
+    "recbole.model.context_aware_recommender.afm": "recattn.swap.recbole_afm",
     "torch_rechub.models.ranking.din": "recattn.swap.torch_rechub",
+    "torch_rechub.models.ranking.dien": "recattn.swap.torch_rechub_dien",
     "tzrec.modules.sequence": "recattn.swap.torch_easy_rec",
 }
 
