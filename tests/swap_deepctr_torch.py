@@ -15,12 +15,14 @@ import_or_skip("deepctr_torch")
 from deepctr_torch.inputs import SparseFeat, VarLenSparseFeat, get_feature_names
 from deepctr_torch.layers.activation import Dice
 from deepctr_torch.layers.sequence import AttentionSequencePoolingLayer as Pooling
+from deepctr_torch.models.afm import AFM
 from deepctr_torch.models.dien import DIEN
 from deepctr_torch.models.din import DIN
 
 from recattn.swap.deepctr_torch import FusedAttentionSequencePoolingLayer as FusedPooling
 
 __all__ = [
+    "AFM",
     "BATCH",
     "DIEN",
     "DIN",
