@@ -134,7 +134,11 @@ def assert_exports_as_own(layer: nn.Module, example: tuple[Any, ...]) -> None:
     recattn.fuse(fused)
     kind = type(fused)
     assert kind is not type(own)
-    for export in (torch.fx.symbolic_trace, lambda m: torch.jit.trace(m, example, check_trace=False), torch.jit.script):
+    for export in (
+        torch.fx.symbolic_trace,
+        lambda m: torch.jit.trace(m, example, check_trace=False),
+        torch.jit.script,
+    ):
         try:
             expected = export(own)(*example)
         except Exception as error:  # what the library's own layer does not survive

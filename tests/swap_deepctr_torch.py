@@ -10,16 +10,18 @@ from torch import Tensor, nn
 
 import recattn
 
-import_or_skip("deepctr_torch")
-
-from deepctr_torch.inputs import SparseFeat, VarLenSparseFeat, get_feature_names
-from deepctr_torch.layers.activation import Dice
-from deepctr_torch.layers.sequence import AttentionSequencePoolingLayer as Pooling
-from deepctr_torch.models.afm import AFM
-from deepctr_torch.models.dien import DIEN
-from deepctr_torch.models.din import DIN
-
-from recattn.swap.deepctr_torch import FusedAttentionSequencePoolingLayer as FusedPooling
+inputs = import_or_skip("deepctr_torch.inputs")
+SparseFeat, VarLenSparseFeat, get_feature_names = (
+    inputs.SparseFeat,
+    inputs.VarLenSparseFeat,
+    inputs.get_feature_names,
+)
+Dice = import_or_skip("deepctr_torch.layers.activation").Dice
+Pooling = import_or_skip("deepctr_torch.layers.sequence").AttentionSequencePoolingLayer
+AFM = import_or_skip("deepctr_torch.models.afm").AFM
+DIEN = import_or_skip("deepctr_torch.models.dien").DIEN
+DIN = import_or_skip("deepctr_torch.models.din").DIN
+FusedPooling = import_or_skip("recattn.swap.deepctr_torch").FusedAttentionSequencePoolingLayer
 
 __all__ = [
     "AFM",

@@ -61,7 +61,9 @@ def spread(model: nn.Module) -> None:
 
 
 @pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize(("activation", "normalized"), [("sigmoid", True), ("sigmoid", False), ("Dice", False)])
+@pytest.mark.parametrize(
+    ("activation", "normalized"), [("sigmoid", True), ("sigmoid", False), ("Dice", False)]
+)
 def test_a_din_model_predicts_and_learns_the_same(activation: str, normalized: bool, training: bool) -> None:
     behaviours = ("item", "category")
     features = columns(behaviours)
@@ -104,7 +106,9 @@ def assert_model_is_the_same(model: nn.Module, batch: Tensor, paths: list[str]) 
 
     state = copy.deepcopy(model.state_dict())
     own = results()
-    assert [(row.path, row.swapped, row.reason) for row in recattn.fuse(model)] == [(p, True, "") for p in paths]
+    assert [(row.path, row.swapped, row.reason) for row in recattn.fuse(model)] == [
+        (p, True, "") for p in paths
+    ]
     model.load_state_dict(state)
     assert_equal(results(), own)
     assert own[0].std() > 0

@@ -83,7 +83,9 @@ class TestDeepCTRTorch:
         assert_fused_equals_own(layer, call, [histories(), negatives], torch.float32)
 
     def test_state_and_copies(self) -> None:
-        layer = spread(peer("deepctr_torch.models.dien").InterestEvolving(WIDTH, "AUGRU", att_hidden_size=(5,)))
+        layer = spread(
+            peer("deepctr_torch.models.dien").InterestEvolving(WIDTH, "AUGRU", att_hidden_size=(5,))
+        )
         query, keys = queries(), histories(len(SOME))
         assert_state_survives(layer, lambda m: m(query, keys, LENGTHS))
         assert_exports_as_own(layer, (query, keys, LENGTHS))

@@ -25,7 +25,18 @@ import recattn
 
 layers = import_or_skip("fuxictr.pytorch.layers.attentions.target_attention")
 DIN_Attention, MultiHeadTargetAttention = layers.DIN_Attention, layers.MultiHeadTargetAttention
-ACTIVATIONS = ("ReLU", "sigmoid", "tanh", "prelu", "dice", "GELU", "SiLU", "LeakyReLU", None, ["dice", "dice"])
+ACTIVATIONS = (
+    "ReLU",
+    "sigmoid",
+    "tanh",
+    "prelu",
+    "dice",
+    "GELU",
+    "SiLU",
+    "LeakyReLU",
+    None,
+    ["dice", "dice"],
+)
 
 
 def din(**options: Any) -> Any:
@@ -67,7 +78,9 @@ def test_a_sigmoid_of_the_score_is_a_normalisation() -> None:
 def test_dropout_has_its_own_draws_in_training_and_none_in_eval() -> None:
     remark = "training drops other units than the library would"
     layer = din(dropout_rate=0.5).eval()
-    fused = assert_fused_equals_own(layer, lambda m, q, k: m(q, k, MASKS["left"]), batch(), remark=remark).train()
+    fused = assert_fused_equals_own(
+        layer, lambda m, q, k: m(q, k, MASKS["left"]), batch(), remark=remark
+    ).train()
     query, keys = (x.double() for x in batch())
     torch.manual_seed(0)
     results = torch.stack([fused(query, keys, MASKS["left"]) for _ in range(300)])
@@ -146,7 +159,9 @@ def test_multi_head_target_attention(
     heads: int, use_qkvo: bool, use_scale: bool, kind: str | None, dtype: torch.dtype
 ) -> None:
     layer = spread(
-        MultiHeadTargetAttention(WIDTH, attention_dim=6, num_heads=heads, use_scale=use_scale, use_qkvo=use_qkvo)
+        MultiHeadTargetAttention(
+            WIDTH, attention_dim=6, num_heads=heads, use_scale=use_scale, use_qkvo=use_qkvo
+        )
     )
     mask = None if kind is None else MASKS[kind]
     assert_fused_equals_own(layer, lambda m, q, k: m(q, k, mask), batch(), dtype)
@@ -155,7 +170,9 @@ def test_multi_head_target_attention(
 def test_dropout_of_the_attention_is_the_library_s_own() -> None:
     layer = spread(MultiHeadTargetAttention(WIDTH, attention_dim=6, dropout_rate=0.3)).eval()
     remark = "in eval only: dropout of the attention is not built"
-    fused = assert_fused_equals_own(layer, lambda m, q, k: m(q, k, MASKS["left"]), batch(), remark=remark).train()
+    fused = assert_fused_equals_own(
+        layer, lambda m, q, k: m(q, k, MASKS["left"]), batch(), remark=remark
+    ).train()
     query, keys = (x.double() for x in batch())
     torch.manual_seed(3)
     out = fused(query, keys, MASKS["left"])
@@ -164,8 +181,7 @@ def test_dropout_of_the_attention_is_the_library_s_own() -> None:
 
 
 def test_state_copies_and_export() -> None:
-    query, keys = batch()
+    example = (*batch(), MASKS["left"])
     for layer in (din(hidden_activations="dice"), spread(MultiHeadTargetAttention(WIDTH, 6, num_heads=2))):
-        example = (query, keys, MASKS["left"])
         assert_state_survives(nn.ModuleDict({"pool": layer}), lambda m: m["pool"](*example))
         assert_exports_as_own(layer, example)

@@ -139,7 +139,11 @@ def _fuxictr(name: str, sizes: Sizes) -> Example:
         "embedding_dim": sizes.dim,
     }
     options: dict[str, Any] = {
-        "DIN": {"attention_hidden_units": [80, 40], "attention_hidden_activations": "ReLU", "din_use_softmax": True},
+        "DIN": {
+            "attention_hidden_units": [80, 40],
+            "attention_hidden_activations": "ReLU",
+            "din_use_softmax": True,
+        },
         "DIEN": {},
     }
     cls = getattr(import_peer(f"model_zoo.LongCTR.{name}.{name}"), name)
@@ -205,7 +209,12 @@ def _torch_rechub(name: str, sizes: Sizes) -> Example:
         model = module.DIN([user], [history("history")], [target], mlp, attention)
     else:
         model = module.DIEN([user], [history("history")], [history("negatives")], [target], mlp)
-    inputs = {"user": batch.user, "item": batch.target, "history": batch.history, "negatives": batch.negatives}
+    inputs = {
+        "user": batch.user,
+        "item": batch.target,
+        "history": batch.history,
+        "negatives": batch.negatives,
+    }
 
     def forward(model: Any) -> Tensor:
         out = model(inputs)
@@ -261,7 +270,7 @@ LIBRARIES: dict[str, tuple[tuple[str, ...], Callable[[str, Sizes], Example]]] = 
 
 @contextmanager
 def _as_for_recbole(config: Any) -> Iterator[None]:
-    """Its configuration reads `sys.argv`, sets names in numpy that numpy 2 dropped, and chooses GPUs for the process."""
+    """Its configuration reads `sys.argv`, sets names of numpy that numpy 2 dropped, and hides GPUs from the process."""
     argv, own, devices = sys.argv, config.compatibility_settings, os.environ.get("CUDA_VISIBLE_DEVICES")
     sys.argv, config.compatibility_settings = argv[:1], lambda _: None
     try:

@@ -41,7 +41,14 @@ class Comparison:
 
 
 def compare(
-    library: str, model: str, sizes: Sizes, meter: Meter, *, semantics: str, budget: float, rounds: tuple[int, int]
+    library: str,
+    model: str,
+    sizes: Sizes,
+    meter: Meter,
+    *,
+    semantics: str,
+    budget: float,
+    rounds: tuple[int, int],
 ) -> tuple[Report, list[Comparison]]:
     """Measures a model of a library.
 

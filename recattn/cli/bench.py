@@ -37,9 +37,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--case", nargs="+", metavar="NAME", help=", ".join(case.name for case in CASES))
     parser.add_argument("--provider", nargs="+", metavar="NAME", help=", ".join(PROVIDERS))
     parser.add_argument(
-        "--library", choices=LIBRARIES, help="instead, whole models of a library before and after recattn.fuse"
+        "--library",
+        choices=LIBRARIES,
+        help="instead, whole models of a library before and after recattn.fuse",
     )
-    parser.add_argument("--model", nargs="+", metavar="NAME", help="of the library; all that there are if not given")
+    parser.add_argument(
+        "--model", nargs="+", metavar="NAME", help="of the library; all that there are if not given"
+    )
     parser.add_argument(
         "--semantics", choices=SEMANTICS, default="exact", help="of the fused models (default: %(default)s)"
     )
@@ -100,7 +104,9 @@ def _run_library(args: argparse.Namespace, device: torch.device, dtype: torch.dt
     budget, rounds = (2.0, (3, 20)) if args.quick else (20.0, (7, 100))
     compared: list[library.Comparison] = []
     with progress(len(args.model or names)) as bar:
-        heading = f"{args.library} on {report.environment(device, dtype)}, {args.semantics} semantics: {sizes}"
+        heading = (
+            f"{args.library} on {report.environment(device, dtype)}, {args.semantics} semantics: {sizes}"
+        )
         bar.console.print(heading, markup=False)
         for name in args.model or names:
             bar.begin(name)

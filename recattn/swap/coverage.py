@@ -70,7 +70,7 @@ def instead_of(own: Callable[..., Any]) -> Callable[[Callable[..., Any]], Any]:
             return run(layer, *args, **kwargs)
 
         # TorchScript looks up the names in the library's source among the globals of the method.
-        twin = FunctionType(method.__code__, own.__globals__, closure=method.__closure__)  # type: ignore[attr-defined]
+        twin = FunctionType(method.__code__, own.__globals__, closure=method.__closure__)
         functools.update_wrapper(twin, own)
         twin.__doc__, twin.__module__ = fused.__doc__, fused.__module__
         twin.__qualname__ = fused.__qualname__

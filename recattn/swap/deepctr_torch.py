@@ -54,7 +54,7 @@ class FusedAttentionSequencePoolingLayer(AttentionSequencePoolingLayer):
         return result.unsqueeze(1)
 
 
-def _pooling(layer: AttentionSequencePoolingLayer) -> dict[str, str]:
+def _pooling(layer: AttentionSequencePoolingLayer) -> dict[str, Any]:
     """With every position masked alike, the library's softmax weighs all of them alike."""
     if layer.weight_normalization:
         return {"normalize": "softmax", "empty": MEAN}
@@ -110,7 +110,7 @@ def _valid(
 
 
 def _check(layer: Any, options: Options) -> Sequence[str]:
-    return remarks(_scorer(layer), options, **_pooling(layer))
+    return remarks(_scorer(layer), options, _pooling(layer)["empty"])
 
 
 SWAPS = (Swap(AttentionSequencePoolingLayer, FusedAttentionSequencePoolingLayer, _check),)

@@ -35,7 +35,7 @@ class FusedAFMLayer(AFMLayer):
         return self.dropout(pooled) @ self.projection_p
 
 
-def _check(layer: Any, options: Options) -> Sequence[str]:
+def _check(layer: Any, _: Options) -> Sequence[str]:
     expect_own("forward", layer)
     return ()
 

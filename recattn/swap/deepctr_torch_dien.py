@@ -54,7 +54,13 @@ class FusedInterestEvolving(InterestEvolving):
     """`InterestEvolving` of any `gru_type`, over the items that count, without a loop over steps in Python."""
 
     @instead_of(InterestEvolving.forward)
-    def forward(self, query: Tensor, keys: Tensor, keys_length: Tensor, mask: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        query: Tensor,
+        keys: Tensor,
+        keys_length: Tensor,
+        mask: Tensor | None = None,  # noqa: ARG002
+    ) -> Tensor:
         """The final states `[B, H]` of `keys [b, T, H]`, what `InterestExtractor` returned, by `query [B, H]`; 0 for
         an empty history. `mask` is not read, as in the library."""
         recurrence = _evolution(self)
@@ -72,7 +78,11 @@ class FusedInterestEvolving(InterestEvolving):
         else:
             scores = self.attention(targets, keys, keys_length.unsqueeze(1))
             _, out = recurrence.run(histories, scores)
-        return out if len(out) == len(query) else out.new_zeros(query.shape).index_copy(0, some.nonzero().squeeze(1), out)
+        return (
+            out
+            if len(out) == len(query)
+            else out.new_zeros(query.shape).index_copy(0, some.nonzero().squeeze(1), out)
+        )
 
 
 def _rows_of(some: Tensor, *tensors: Tensor) -> list[Tensor]:
@@ -112,12 +122,12 @@ def _evolution(layer: InterestEvolving) -> Recurrence:
     return Recurrence.of_gru("interest_evolution", layer.interest_evolution, layer.gru_type.lower())
 
 
-def _check_extractor(layer: Any, options: Options) -> Sequence[str]:
+def _check_extractor(layer: Any, _: Options) -> Sequence[str]:
     _extractor(layer)
     return ()
 
 
-def _check_evolution(layer: Any, options: Options) -> Sequence[str]:
+def _check_evolution(layer: Any, _: Options) -> Sequence[str]:
     _evolution(layer)
     return ()
 

@@ -73,6 +73,7 @@ class FusedMultiHeadTargetAttention(MultiHeadTargetAttention):
             pooled = functional.target_attention(
                 target_item, layout["keys"], layout["keys"], num_heads=heads, **common
             )
+            assert isinstance(pooled, Tensor)
             return self._pooled(history, pooled)
         query = self.W_q(target_item).reshape(batch, heads, size)
         shared = torch.einsum("bhd,hdi->bhi", query, self.W_k.weight.view(heads, size, width))
@@ -83,12 +84,13 @@ class FusedMultiHeadTargetAttention(MultiHeadTargetAttention):
             query_offsets=torch.arange(batch + 1, device=query.device) * heads,
             **common,
         )
+        assert isinstance(pooled, Tensor)
         pooled = self._pooled(history, pooled.reshape(batch, heads * width))
         value = self.W_v.weight.view(heads, size, width)
         out = torch.einsum("bhi,hdi->bhd", pooled.reshape(batch, heads, width), value)
         return self.W_o(out.reshape(batch, heads * size))
 
-    def _pooled(self, history: Padded, pooled: Any) -> Tensor:
+    def _pooled(self, history: Padded, pooled: Tensor) -> Tensor:
         """`[B, heads·D]`, each head of an empty history the mean of its positions."""
         empty = MEAN if Options.of(self).exact else ZERO
         times = pooled.shape[1] // history.keys.shape[2]
@@ -134,7 +136,7 @@ def _scorer(layer: DIN_Attention) -> Scorer:
     return scorer
 
 
-def _pooling(layer: DIN_Attention) -> dict[str, str]:
+def _pooling(layer: DIN_Attention) -> dict[str, Any]:
     if layer.use_softmax:
         return {"normalize": "softmax", "empty": MEAN}
     output = _scorer(layer).output
@@ -147,7 +149,7 @@ def _check_shapes(target: Tensor, history: Tensor) -> None:
 
 
 def _check_din(layer: Any, options: Options) -> Sequence[str]:
-    return remarks(_scorer(layer), options, **_pooling(layer))
+    return remarks(_scorer(layer), options, _pooling(layer)["empty"])
 
 
 def _check_multi_head(layer: MultiHeadTargetAttention) -> None:

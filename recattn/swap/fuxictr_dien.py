@@ -38,7 +38,12 @@ class FusedDIEN(DIEN):
 
     @instead_of(DIEN.interest_evolution)
     def interest_evolution(
-        self, idx: int, packed_interests: None, interest_emb: Tensor, target_emb: Tensor, mask: Tensor
+        self,
+        idx: int,
+        packed_interests: None,  # noqa: ARG002
+        interest_emb: Tensor,
+        target_emb: Tensor,
+        mask: Tensor,
     ) -> Tensor:
         """The final states, `[b, D]`."""
         _extraction(self, idx)
@@ -125,7 +130,7 @@ def _scorer(layer: AttentionLayer) -> Scorer:
     return scorer
 
 
-def _check_model(model: Any, options: Options) -> Sequence[str]:
+def _check_model(model: Any, _: Options) -> Sequence[str]:
     for idx in range(len(model.extraction_modules)):
         _extraction(model, idx)
         _evolution(model, idx)
@@ -136,7 +141,7 @@ def _check_attention(layer: Any, options: Options) -> Sequence[str]:
     expect_own("forward", layer)
     empty = MEAN if layer.use_attention_softmax else ZERO
     if layer.attention_type == "din_attention":
-        return remarks(_scorer(layer), options, normalize="", empty=empty)
+        return remarks(_scorer(layer), options, empty)
     return ["an empty history gives 0"] if not options.exact and empty == MEAN else []
 
 

@@ -40,7 +40,9 @@ class Padded(NamedTuple):
         if empty == MEAN:
             padding = self.keys.mean(1)
         else:  # in those rows alone, of the gradient too
-            padding = self.keys.sum(1) * torch.zeros_like(none, dtype=result.dtype).masked_fill(none, torch.nan)
+            padding = self.keys.sum(1) * torch.zeros_like(none, dtype=result.dtype).masked_fill(
+                none, torch.nan
+            )
         return torch.where(none, padding.to(result.dtype), result)
 
     def attention(self, scores: Tensor, empty: str) -> Tensor:
@@ -113,10 +115,11 @@ def _check_moments(scorer: Scorer, history: Padded, options: Options) -> None:
         raise Uncovered("statistics of padding behind dropout")
 
 
-def remarks(scorer: Scorer, options: Options, *, normalize: str, empty: str, masked: bool = True) -> Sequence[str]:
+def remarks(scorer: Scorer, options: Options, empty: str, *, masked: bool = True) -> Sequence[str]:
     """What the report says of a layer that scores by an MLP.
 
     Args:
+        empty: as of `attend`.
         masked: whether the layer knows which positions are padding.
     """
     said = []

@@ -53,7 +53,7 @@ class FusedSequenceAttLayer(SequenceAttLayer):
         return result.unsqueeze(1)
 
 
-def _pooling(layer: SequenceAttLayer) -> dict[str, str]:
+def _pooling(layer: SequenceAttLayer) -> dict[str, Any]:
     if layer.softmax_stag:
         return {"normalize": "softmax", "empty": NAN}
     return {"normalize": "none", "empty": ZERO}
@@ -78,7 +78,7 @@ def _scorer(layer: SequenceAttLayer) -> Scorer:
 def _check(layer: Any, options: Options) -> Sequence[str]:
     if not torch.equal(layer.mask_mat.flatten(), torch.arange(layer.mask_mat.numel()).to(layer.mask_mat)):
         raise Uncovered("mask_mat: other than positions")
-    return remarks(_scorer(layer), options, **_pooling(layer))
+    return remarks(_scorer(layer), options, _pooling(layer)["empty"])
 
 
 SWAPS = (Swap(SequenceAttLayer, FusedSequenceAttLayer, _check),)

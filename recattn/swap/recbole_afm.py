@@ -28,7 +28,7 @@ class FusedAFM(AFM):
         return (self.dropout_layer(pooled) * self.p).sum(1, keepdim=True)
 
 
-def _check(model: Any, options: Options) -> Sequence[str]:
+def _check(model: Any, _: Options) -> Sequence[str]:
     for method in ("afm_layer", "build_cross"):
         expect_own(method, model)
     expect("attlayer", model.attlayer, AttLayer)

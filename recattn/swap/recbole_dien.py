@@ -92,12 +92,12 @@ def _evolution(layer: InterestEvolvingLayer) -> Recurrence:
     return Recurrence.of_gru("dynamic_rnn", layer.dynamic_rnn, layer.gru.lower())
 
 
-def _check_extractor(layer: Any, options: Options) -> Sequence[str]:
+def _check_extractor(layer: Any, _: Options) -> Sequence[str]:
     _extractor(layer)
     return ()
 
 
-def _check_evolution(layer: Any, options: Options) -> Sequence[str]:
+def _check_evolution(layer: Any, _: Options) -> Sequence[str]:
     _evolution(layer)
     return ()
 

@@ -50,9 +50,7 @@ class Recurrence(NamedTuple):
             scores: `[B, L]`, the attention.
         """
         a = None if scores is None else scores.flatten().index_select(0, histories.rows)
-        return functional.attentional_gru(
-            histories.values, histories.offsets, a, *self[1:], kind=self.kind
-        )
+        return functional.attentional_gru(histories.values, histories.offsets, a, *self[1:], kind=self.kind)
 
 
 def _biases(weight: Tensor, *biases: Tensor) -> tuple[Tensor, Tensor]:

@@ -139,7 +139,9 @@ class Scorer:
         for index, layer in enumerate(self.hidden):
             weights.append(layer.linear.weight)
             biases.append(_bias(layer.linear))
-            norms = [n for n in (layer.norm, *(g.norm for g in self.gates[index : index + 1])) if n is not None]
+            norms = [
+                n for n in (layer.norm, *(g.norm for g in self.gates[index : index + 1])) if n is not None
+            ]
             moments = Moments(*statistics(**so_far())) if any(map(needs_moments, norms)) else None
             if layer.norm is not None:
                 scale, shift = scale_and_shift(layer.norm, moments)

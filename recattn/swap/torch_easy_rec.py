@@ -19,7 +19,7 @@ from recattn.swap.scorers import Gate, Scorer
 
 __all__ = ["SWAPS", "FusedDINEncoder", "FusedSimpleAttention"]
 
-POOLING = {"normalize": "softmax", "empty": MEAN}
+POOLING: dict[str, Any] = {"normalize": "softmax", "empty": MEAN}
 
 
 class FusedDINEncoder(DINEncoder):
@@ -28,7 +28,8 @@ class FusedDINEncoder(DINEncoder):
 
     @instead_of(DINEncoder.forward)
     def forward(self, sequence_embedded: dict[str, Tensor]) -> Tensor:
-        """Pools `{input}.sequence [B, L, D]`, of `{input}.sequence_length [B]`, by `{input}.query [B, Dq]` to `[B, D]`."""
+        """Pools `{input}.sequence [B, L, D]`, of `{input}.sequence_length [B]`, by `{input}.query [B, Dq]`; returns
+        `[B, D]`."""
         query, history = _inputs(self, sequence_embedded)
         missing = history.keys.shape[2] - query.shape[1]
         if missing < 0 or query.shape[1] != self._query_dim:
@@ -56,7 +57,11 @@ class FusedSimpleAttention(SimpleAttention):
 def _inputs(layer: Any, embedded: dict[str, Tensor]) -> tuple[Tensor, Padded]:
     query, sequence = embedded[layer._query_name], embedded[layer._sequence_name]
     lengths = embedded[layer._sequence_length_name]
-    if sequence.dim() != 3 or query.dim() != 2 or not (lengths.shape == query.shape[:1] == sequence.shape[:1]):
+    if (
+        sequence.dim() != 3
+        or query.dim() != 2
+        or not (lengths.shape == query.shape[:1] == sequence.shape[:1])
+    ):
         raise Uncovered(f"query, sequence: {tuple(query.shape)}, {tuple(sequence.shape)}")
     if layer._max_seq_length > 0:
         lengths = lengths.clamp_max(layer._max_seq_length)
@@ -91,7 +96,7 @@ def _gate(dice: Dice) -> Gate:
 
 
 def _check_din(layer: Any, options: Options) -> Sequence[str]:
-    return remarks(_scorer(layer), options, **POOLING)
+    return remarks(_scorer(layer), options, POOLING["empty"])
 
 
 def _check_simple(layer: Any, options: Options) -> Sequence[str]:

@@ -29,7 +29,12 @@ class FusedActivationUnit(ActivationUnit):
         if target.shape != (batch, width) or longest == 0:
             raise Uncovered(f"history, target: {tuple(history.shape)}, {tuple(target.shape)}")
         return attend(
-            _scorer(self), target, Padded(history, None), Options.of(self), normalize=_normalize(self), empty=ZERO
+            _scorer(self),
+            target,
+            Padded(history, None),
+            Options.of(self),
+            normalize=_normalize(self),
+            empty=ZERO,
         )
 
 
@@ -45,7 +50,7 @@ def _scorer(layer: ActivationUnit) -> Scorer:
 
 
 def _check(layer: Any, options: Options) -> Sequence[str]:
-    return remarks(_scorer(layer), options, normalize=_normalize(layer), empty=ZERO, masked=False)
+    return remarks(_scorer(layer), options, ZERO, masked=False)
 
 
 SWAPS = (Swap(ActivationUnit, FusedActivationUnit, _check),)

@@ -66,7 +66,7 @@ def _recurrence(layer: AUGRU) -> Recurrence:
     )
 
 
-def _check(layer: Any, options: Options) -> Sequence[str]:
+def _check(layer: Any, _: Options) -> Sequence[str]:
     _recurrence(layer)
     return ()
 
