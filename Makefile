@@ -5,10 +5,11 @@ STAMP := $(VENV)/.installed
 
 .PHONY: bench test verify lint clean
 
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml constraints.txt peers.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt torch numpy
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[bench,peers,dev]"
+	$(BIN)/pip install --quiet --no-deps --requirement peers.txt
 	touch $@
 
 bench: $(STAMP)

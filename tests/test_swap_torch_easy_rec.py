@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import sys
+import unittest
+from enum import Enum
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -21,6 +25,7 @@ from swap_cases import (
 from torch import Tensor, nn
 
 import recattn
+from recattn.bench.peers import import_peer
 
 sequence = import_or_skip("tzrec.modules.sequence")
 DINEncoder, SimpleAttention = sequence.DINEncoder, sequence.SimpleAttention
@@ -84,3 +89,35 @@ def test_state_copies_and_export() -> None:
     layer = encoder(activation="Dice", use_bn=True)
     assert_state_survives(nn.ModuleDict({"pool": layer}), lambda m: m["pool"](*example))
     assert_exports_as_own(layer, example)
+
+
+@pytest.mark.parametrize("name", ["sequence_test", "activation_test"])
+@pytest.mark.filterwarnings("ignore")
+def test_the_library_s_own_tests_pass_with_fused_layers(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They trace and compile the layers, as the library's exporter does."""
+    import_or_skip("parameterized")
+    fused = []
+
+    class TestGraphType(Enum):
+        NORMAL = 1
+        FX_TRACE = 2
+        JIT_SCRIPT = 3
+        AOT_INDUCTOR = 4
+
+    def create_test_module(module: nn.Module, graph_type: TestGraphType) -> nn.Module:
+        fused.extend(row for row in recattn.fuse(module) if row.swapped)
+        if graph_type != TestGraphType.NORMAL:
+            module = import_peer("tzrec.utils.fx_util").symbolic_trace(module)
+        return torch.jit.script(module) if graph_type == TestGraphType.JIT_SCRIPT else module
+
+    # Its own has these two, and needs the whole framework for others.
+    utilities: Any = ModuleType("tzrec.utils.test_util")
+    utilities.TestGraphType, utilities.create_test_module = TestGraphType, create_test_module
+    monkeypatch.setitem(sys.modules, utilities.__name__, utilities)
+    monkeypatch.delitem(sys.modules, f"tzrec.modules.{name}", raising=False)
+    suite = unittest.defaultTestLoader.loadTestsFromModule(import_or_skip(f"tzrec.modules.{name}"))
+    result = unittest.TestResult()
+    suite.run(result)
+    assert result.testsRun > 1
+    assert not [*result.errors, *result.failures], [*result.errors, *result.failures][0][1]
+    assert fused or name == "activation_test"

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-INSTALL = "pip install --no-deps --requirement peers.txt, and recattn[peers] for what they need, bring it"
+INSTALL = 'pip install "recattn[peers]" and pip install --no-deps --requirement peers.txt bring it'
 
 
 def import_peer(name: str) -> Any:
