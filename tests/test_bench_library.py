@@ -53,7 +53,17 @@ def test_the_command_prints_and_writes(
 
     monkeypatch.setattr(library, "compare", compare)
     threads = torch.get_num_threads()
-    command = ["bench", "--library", "deepctr-torch", "--model", "DIN", "--semantics", "valid", "--device", "cpu"]
+    command = [
+        "bench",
+        "--library",
+        "deepctr-torch",
+        "--model",
+        "DIN",
+        "--semantics",
+        "valid",
+        "--device",
+        "cpu",
+    ]
     assert cli.main([*command, "--output", str(tmp_path)]) == 0
     torch.set_num_threads(threads)
     assert calls == ["valid"]

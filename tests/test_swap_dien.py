@@ -19,23 +19,16 @@ from swap_cases import (
     assert_fused_equals_own,
     assert_same,
     assert_state_survives,
+    import_or_skip,
     run,
     spread,
 )
 from torch import Tensor, nn
 
 import recattn
-from recattn.bench.peers import import_peer
 
 GRUS = ("GRU", "AIGRU", "AGRU", "AUGRU")
 SOME = LENGTHS[LENGTHS > 0]
-
-
-def peer(name: str) -> Any:
-    try:
-        return import_peer(name)
-    except ModuleNotFoundError as error:
-        pytest.skip(str(error))
 
 
 def histories(batch: int = BATCH) -> Tensor:
@@ -62,7 +55,7 @@ class TestDeepCTRTorch:
     @pytest.mark.parametrize("normalized", [True, False])
     def test_evolution(self, gru_type: str, normalized: bool, dtype: torch.dtype) -> None:
         layer = spread(
-            peer("deepctr_torch.models.dien").InterestEvolving(
+            import_or_skip("deepctr_torch.models.dien").InterestEvolving(
                 WIDTH, gru_type, att_hidden_size=(5, 3), att_weight_normalization=normalized
             )
         )
@@ -77,21 +70,21 @@ class TestDeepCTRTorch:
     @pytest.mark.parametrize("use_neg", [True, False])
     @pytest.mark.parametrize("lengths", [LENGTHS, LENGTHS.clamp_min(1), LENGTHS.clamp_max(1), LENGTHS * 0])
     def test_extractor(self, use_neg: bool, lengths: Tensor) -> None:  # in float32, as its loss is
-        layer = spread(peer("deepctr_torch.models.dien").InterestExtractor(WIDTH, use_neg))
+        layer = spread(import_or_skip("deepctr_torch.models.dien").InterestExtractor(WIDTH, use_neg))
         negatives = histories().flip(0)
         call = lambda m, k, n: m(k, lengths, n)  # noqa: E731
         assert_fused_equals_own(layer, call, [histories(), negatives], torch.float32)
 
     def test_state_and_copies(self) -> None:
         layer = spread(
-            peer("deepctr_torch.models.dien").InterestEvolving(WIDTH, "AUGRU", att_hidden_size=(5,))
+            import_or_skip("deepctr_torch.models.dien").InterestEvolving(WIDTH, "AUGRU", att_hidden_size=(5,))
         )
         query, keys = queries(), histories(len(SOME))
         assert_state_survives(layer, lambda m: m(query, keys, LENGTHS))
         assert_exports_as_own(layer, (query, keys, LENGTHS))
 
     def test_a_gru_of_another_kind_is_left(self) -> None:
-        layer = peer("deepctr_torch.models.dien").InterestEvolving(WIDTH, "GRU")
+        layer = import_or_skip("deepctr_torch.models.dien").InterestEvolving(WIDTH, "GRU")
         layer.interest_evolution = nn.GRU(WIDTH, WIDTH, 2, batch_first=True)
         row, _ = recattn.fuse(layer)
         assert not row.swapped
@@ -102,20 +95,20 @@ class TestRecBole:
     @pytest.mark.parametrize("gru", GRUS)
     def test_evolution(self, gru: str, dtype: torch.dtype) -> None:
         mask = torch.arange(LONGEST).view(1, -1)
-        module = peer("recbole.model.sequential_recommender.dien")
+        module = import_or_skip("recbole.model.sequential_recommender.dien")
         layer = spread(module.InterestEvolvingLayer(mask, WIDTH, WIDTH, [4 * WIDTH, 5, 3], gru=gru))
         call = lambda m, q, k: m(q, k, SOME)  # noqa: E731
         assert_fused_equals_own(layer, call, [queries(len(SOME)), histories(len(SOME))], dtype)
 
     @pytest.mark.parametrize("lengths", [SOME, torch.ones_like(SOME)])
     def test_extractor(self, lengths: Tensor, dtype: torch.dtype) -> None:
-        module = peer("recbole.model.sequential_recommender.dien")
+        module = import_or_skip("recbole.model.sequential_recommender.dien")
         layer = spread(module.InterestExtractorNetwork(WIDTH, WIDTH, [2 * WIDTH, 5, 1]))
         call = lambda m, k, n: m(k, lengths, n)  # noqa: E731
         assert_fused_equals_own(layer, call, [histories(len(SOME)), histories(len(SOME)).flip(0)], dtype)
 
     def test_an_empty_history_raises_as_in_the_library(self) -> None:
-        module = peer("recbole.model.sequential_recommender.dien")
+        module = import_or_skip("recbole.model.sequential_recommender.dien")
         layer = module.InterestExtractorNetwork(WIDTH, WIDTH, [2 * WIDTH, 5, 1])
         recattn.fuse(layer)
         with pytest.raises(RuntimeError, match="greater than 0"):
@@ -125,13 +118,13 @@ class TestRecBole:
 class TestTorchRechub:
     @pytest.mark.parametrize("kind", [None, *MASKS])
     def test_augru(self, kind: str | None, dtype: torch.dtype) -> None:
-        layer = spread(peer("torch_rechub.models.ranking.dien").AUGRU(WIDTH))
+        layer = spread(import_or_skip("torch_rechub.models.ranking.dien").AUGRU(WIDTH))
         mask = None if kind is None else MASKS[kind][LENGTHS > 0]
         call = lambda m, x, q: m(x, q, mask)  # noqa: E731
         assert_fused_equals_own(layer, call, [histories(len(SOME)), queries(len(SOME))], dtype)
 
     def test_rows_without_items(self) -> None:
-        own = spread(peer("torch_rechub.models.ranking.dien").AUGRU(WIDTH))
+        own = spread(import_or_skip("torch_rechub.models.ranking.dien").AUGRU(WIDTH))
         fused = copy.deepcopy(own)
         recattn.fuse(fused)
         with torch.no_grad():  # the library's code does not survive backward there
@@ -140,7 +133,7 @@ class TestTorchRechub:
         torch.testing.assert_close(actual, expected)
 
     def test_state_and_copies(self) -> None:
-        layer = spread(peer("torch_rechub.models.ranking.dien").AUGRU(WIDTH))
+        layer = spread(import_or_skip("torch_rechub.models.ranking.dien").AUGRU(WIDTH))
         example = (histories(), queries())
         assert_state_survives(nn.ModuleDict({"evolution": layer}), lambda m: m["evolution"](*example)[1])
         assert_exports_as_own(layer, example)
@@ -150,7 +143,7 @@ class TestFuxiCTR:
     @pytest.fixture
     def dien(self) -> Any:
         """Its model holds features too: this one is of the parts that are fused."""
-        module = peer("model_zoo.LongCTR.DIEN.DIEN")
+        module = import_or_skip("model_zoo.LongCTR.DIEN.DIEN")
 
         def build(gru_type: str) -> nn.Module:
             model = module.DIEN.__new__(module.DIEN)
@@ -183,7 +176,7 @@ class TestFuxiCTR:
     @pytest.mark.parametrize("training", [True, False])
     @pytest.mark.parametrize("kind", ["bilinear_attention", "dot_attention", "din_attention"])
     def test_attention(self, kind: str, training: bool, softmax: bool, dtype: torch.dtype) -> None:
-        module = peer("model_zoo.LongCTR.DIEN.DIEN")
+        module = import_or_skip("model_zoo.LongCTR.DIEN.DIEN")
         layer = module.AttentionLayer(WIDTH, kind, [5, 3], use_attention_softmax=softmax)
         spread(layer).train(training)
         for mask in (None, MASKS["left"].to(dtype)):
@@ -196,7 +189,7 @@ class TestFuxiCTR:
 
 
 def test_afm_of_deepctr_torch(dtype: torch.dtype) -> None:
-    layer = spread(peer("deepctr_torch.layers.interaction").AFMLayer(WIDTH, 3))
+    layer = spread(import_or_skip("deepctr_torch.layers.interaction").AFMLayer(WIDTH, 3))
     torch.manual_seed(1)
     fields = [torch.randn(BATCH, 1, WIDTH) for _ in range(5)]
     fused = assert_fused_equals_own(layer, lambda m, *x: m(list(x)), fields, dtype)
@@ -206,7 +199,10 @@ def test_afm_of_deepctr_torch(dtype: torch.dtype) -> None:
 
 
 def test_afm_of_recbole(dtype: torch.dtype) -> None:
-    afm, layers = peer("recbole.model.context_aware_recommender.afm"), peer("recbole.model.layers")
+    afm, layers = (
+        import_or_skip("recbole.model.context_aware_recommender.afm"),
+        import_or_skip("recbole.model.layers"),
+    )
     model = afm.AFM.__new__(afm.AFM)  # without the features that it is of
     nn.Module.__init__(model)
     model.attlayer, model.dropout_layer = layers.AttLayer(WIDTH, 3), nn.Dropout(0.0)

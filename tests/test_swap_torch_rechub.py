@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from typing import Any
 
 import pytest
@@ -64,3 +65,20 @@ def test_state_copies_and_export() -> None:
     assert_state_survives(nn.ModuleDict({"pool": layer}), lambda m: m["pool"](*example))
     torch.jit.script(layer)
     assert_exports_as_own(layer, example)
+
+
+@pytest.mark.parametrize("dynamo", [False, True])
+@pytest.mark.filterwarnings("ignore")
+def test_onnx_has_the_layer_of_the_library(dynamo: bool) -> None:
+    onnx = import_or_skip("onnx")
+    if dynamo:
+        import_or_skip("onnxscript")
+    layer = unit().eval()
+    graphs = []
+    for _ in range(2):
+        file = io.BytesIO()
+        torch.onnx.export(layer, tuple(batch()), file, dynamo=dynamo, verbose=False)
+        graphs.append([node.op_type for node in onnx.load_from_string(file.getvalue()).graph.node])
+        recattn.fuse(layer)
+    assert graphs[0] == graphs[1]
+    assert "Concat" in graphs[1]
