@@ -17,6 +17,7 @@ from swap_cases import (
     assert_fused_equals_own,
     assert_state_survives,
     import_or_skip,
+    run,
     spread,
 )
 from torch import Tensor, nn
@@ -185,3 +186,13 @@ def test_state_copies_and_export() -> None:
     for layer in (din(hidden_activations="dice"), spread(MultiHeadTargetAttention(WIDTH, 6, num_heads=2))):
         assert_state_survives(nn.ModuleDict({"pool": layer}), lambda m: m["pool"](*example))
         assert_exports_as_own(layer, example)
+
+
+def test_the_kernels_compute_the_same() -> None:
+    layer = spread(MultiHeadTargetAttention(WIDTH, attention_dim=6, num_heads=2))
+    fused = copy.deepcopy(layer)
+    recattn.fuse(fused, backend="triton")
+    inputs = [x.requires_grad_() for x in batch()]
+    expected = run(layer, lambda m: m(*inputs, MASKS["holes"]), inputs)
+    for a, b in zip(run(fused, lambda m: m(*inputs, MASKS["holes"]), inputs), expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
