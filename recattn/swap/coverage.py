@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from types import FunctionType
 from typing import Any, NamedTuple
@@ -55,7 +55,7 @@ def instead_of(own: Callable[..., Any]) -> Callable[[Callable[..., Any]], Any]:
 
     def decorate(fused: Callable[..., Any]) -> Any:
         def run(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            if _exporting():
+            if _exporting((*args, *kwargs.values())):
                 return own(layer, *args, **kwargs)
             options = Options.of(layer)
             with nullcontext() if options.backend == "auto" else backend(options.backend):
@@ -79,13 +79,16 @@ def instead_of(own: Callable[..., Any]) -> Callable[[Callable[..., Any]], Any]:
     return decorate
 
 
-def _exporting() -> bool:
-    return (
-        torch.jit.is_tracing()
-        or torch.compiler.is_exporting()
-        or torch.onnx.is_in_onnx_export()
-        or torch.fx._symbolic_trace.is_fx_symbolic_tracing()
-    )
+def _exporting(arguments: Iterable[Any]) -> bool:
+    """Whether a call is to be recorded; ONNX is made of `jit.trace` or `torch.export`."""
+    return torch.jit.is_tracing() or torch.compiler.is_exporting() or any(map(_is_proxy, arguments))
+
+
+def _is_proxy(argument: Any) -> bool:
+    """Whether it stands for a tensor while torch.fx traces."""
+    if isinstance(argument, list | tuple):
+        return any(map(_is_proxy, argument))
+    return isinstance(argument, torch.fx.Proxy)
 
 
 def expect(name: str, module: nn.Module, *classes: type[nn.Module]) -> None:
