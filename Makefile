@@ -8,10 +8,11 @@ STAMP := $(VENV)/.installed
 
 .PHONY: bench test verify lint docs clean
 
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml constraints.txt peers.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt torch numpy
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[bench,peers,docs,dev]"
+	$(BIN)/pip install --quiet --no-deps --requirement peers.txt
 	$(if $(TRITON),$(BIN)/pip install --quiet triton==$(TRITON) "numpy<2.4")
 	touch $@
 

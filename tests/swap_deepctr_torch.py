@@ -2,32 +2,29 @@
 
 from __future__ import annotations
 
-import sys
-from types import ModuleType
 from typing import Any
 
-import pytest
 import torch
+from swap_cases import import_or_skip
 from torch import Tensor, nn
 
 import recattn
 
-with pytest.MonkeyPatch.context() as patch:
-    # At its import the library asks the network, in a thread, whether it is the newest.
-    utils = ModuleType("deepctr_torch.utils")
-    utils.check_version = lambda _: None  # type: ignore[attr-defined]
-    patch.setitem(sys.modules, "deepctr_torch.utils", utils)
-    pytest.importorskip("deepctr_torch", reason='needs DeepCTR-Torch: pip install "recattn[peers]"')
-
-from deepctr_torch.inputs import SparseFeat, VarLenSparseFeat, get_feature_names
-from deepctr_torch.layers.activation import Dice
-from deepctr_torch.layers.sequence import AttentionSequencePoolingLayer as Pooling
-from deepctr_torch.models.dien import DIEN
-from deepctr_torch.models.din import DIN
-
-from recattn.swap.deepctr_torch import FusedAttentionSequencePoolingLayer as FusedPooling
+inputs = import_or_skip("deepctr_torch.inputs")
+SparseFeat, VarLenSparseFeat, get_feature_names = (
+    inputs.SparseFeat,
+    inputs.VarLenSparseFeat,
+    inputs.get_feature_names,
+)
+Dice = import_or_skip("deepctr_torch.layers.activation").Dice
+Pooling = import_or_skip("deepctr_torch.layers.sequence").AttentionSequencePoolingLayer
+AFM = import_or_skip("deepctr_torch.models.afm").AFM
+DIEN = import_or_skip("deepctr_torch.models.dien").DIEN
+DIN = import_or_skip("deepctr_torch.models.din").DIN
+FusedPooling = import_or_skip("recattn.swap.deepctr_torch").FusedAttentionSequencePoolingLayer
 
 __all__ = [
+    "AFM",
     "BATCH",
     "DIEN",
     "DIN",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import operator
 import subprocess
 import sys
 from types import ModuleType
@@ -13,7 +15,8 @@ from torch import Tensor, nn
 
 import recattn
 from recattn import swap
-from recattn.swap.coverage import Swap, Uncovered
+from recattn.backend import requested_backend
+from recattn.swap.coverage import Options, Swap, Uncovered, instead_of
 
 
 class Doubling(nn.Module):
@@ -28,17 +31,22 @@ class Doubling(nn.Module):
 
 
 class FusedDoubling(Doubling):
+    @instead_of(Doubling.forward)
     def forward(self, x: Tensor) -> Tensor:
-        return x + x
+        """Doubles, for other than small batches."""
+        if len(x) < 2:
+            raise Uncovered("a small batch")
+        return x + x + 0 * len(requested_backend())
 
 
 class OtherDoubling(Doubling):
     pass
 
 
-def check(layer: Doubling) -> None:
+def check(layer: Doubling, options: Options) -> list[str]:
     if not layer.covered:
         raise Uncovered("doubles in another way")
+    return [] if options.exact else ["doubles what counts"]
 
 
 @pytest.fixture
@@ -83,13 +91,51 @@ def test_exact_classes_are_swapped_at_any_depth_and_the_rest_reported() -> None:
 
 
 @pytest.mark.usefixtures("peer")
-def test_fusing_twice_changes_nothing_and_says_so() -> None:
+def test_fusing_again_sets_the_options_anew() -> None:
     model = Doubling()
     recattn.fuse(model)
-    report = recattn.fuse(model)
-    assert list(report) == [("", "Doubling", False, "fused already")]
-    assert str(report).splitlines()[1] == "(model)  Doubling  no     fused already"
+    report = recattn.fuse(model, semantics="valid", backend="torch")
+    assert list(report) == [("", "Doubling", True, "doubles what counts")]
+    assert str(report).splitlines()[1] == "(model)  Doubling  yes    doubles what counts"
     assert type(model) is FusedDoubling
+    assert Options.of(model) == ("torch", "valid")
+    recattn.unfuse(model)
+    assert set(vars(model)) == set(vars(Doubling()))
+
+
+@pytest.mark.usefixtures("peer")
+def test_the_backend_asked_for_never_falls_back() -> None:
+    model, small = Doubling(), torch.ones(1)
+    recattn.fuse(model)
+    assert torch.equal(model(small), 2 * small)
+    recattn.fuse(model, backend="triton")
+    with pytest.raises(NotImplementedError, match='backend "triton": a small batch'):
+        model(small)
+    assert requested_backend() == "auto"
+
+
+@pytest.mark.usefixtures("peer")
+def test_export_and_tracing_see_the_layer_of_the_library() -> None:
+    model = nn.Sequential(Doubling())
+    recattn.fuse(model)
+    example = torch.ones(3)
+    for traced in (torch.fx.symbolic_trace(model), torch.export.export(model, (example,)).module()):
+        assert [node.target for node in traced.graph.nodes if node.op == "call_function"][-1] in (
+            operator.mul,
+            torch.ops.aten.mul.Tensor,
+        )
+    assert "aten::mul" in str(torch.jit.trace(model, example).inlined_graph)
+    scripted = torch.jit.script(model)
+    assert "aten::mul" in str(scripted.inlined_graph)
+    assert torch.equal(scripted(example), 2 * example)
+    assert type(model[0]) is FusedDoubling
+    assert inspect.signature(model[0].forward) == inspect.signature(Doubling().forward)
+
+
+@pytest.mark.parametrize("option", ["backend", "semantics"])
+def test_options_have_names(option: str) -> None:
+    with pytest.raises(ValueError, match=f"{option}: expected one of"):
+        recattn.fuse(Doubling(), **{option: "fast"})
 
 
 @pytest.mark.usefixtures("peer")

@@ -30,10 +30,6 @@ def _hook(*_: Any) -> None:
 
 
 LEFT: dict[str, tuple[Callable[[], nn.Module], str]] = {
-    "dice": (
-        lambda: pooling(activation="dice"),
-        "local_att.dnn.activation_layers.0: Dice is not built",
-    ),
     "unknown activation": (
         lambda: pooling(activation=nn.Softplus),
         "local_att.dnn.activation_layers.0: Softplus is not built",
@@ -57,24 +53,15 @@ LEFT: dict[str, tuple[Callable[[], nn.Module], str]] = {
             lambda layer: layer.local_att.dnn.activation_layers.__setitem__(0, nn.LeakyReLU(0.5)),
             activation=nn.LeakyReLU,
         ),
-        "local_att.dnn.activation_layers.0, local_att.dnn.activation_layers.1: different activations,"
-        " LeakyReLU(negative_slope=0.5), LeakyReLU(negative_slope=0.01)",
-    ),
-    "dropout": (
-        lambda: _with(lambda layer: setattr(layer.local_att.dnn.dropout, "p", 0.1)),
-        "local_att.dnn.dropout: dropout of 0.1 is not built",
+        "different activations of hidden layers, LeakyReLU(negative_slope=0.5), LeakyReLU(negative_slope=0.01)",
     ),
     "batch norm": (
         lambda: _with(lambda layer: setattr(layer.local_att.dnn, "use_bn", True)),
         "local_att.dnn: use_bn is not built",
     ),
-    "no bias": (
-        lambda: _with(lambda layer: layer.local_att.dense.register_parameter("bias", None)),
-        "local_att.dense: no bias",
-    ),
     "another linear": (
         lambda: _with(lambda layer: nn.utils.parametrizations.weight_norm(layer.local_att.dnn.linears[0])),
-        "local_att.dnn.linears.0: ParametrizedLinear in place of Linear",
+        "local_att.dnn.linears.0: ParametrizedLinear is not built",
     ),
     "inner hook": (
         lambda: _with(lambda layer: layer.local_att.dnn.linears[1].register_forward_hook(_hook)),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -105,3 +106,30 @@ def test_unfuse_restores_class_and_output_bitwise() -> None:
     assert set(vars(model[0])) == attributes
     for a, b in zip(run(model[0], query, keys, LENGTHS), before, strict=True):
         assert torch.equal(a, b)
+
+
+def test_distributed_data_parallel_trains_the_fused_layer(tmp_path: Path) -> None:
+    query, keys = query_and_keys()
+    own = pooling(activation="dice")
+    fused = copy.deepcopy(own)
+    recattn.fuse(fused)
+    store = f"file://{tmp_path / 'store'}"
+    torch.distributed.init_process_group("gloo", init_method=store, rank=0, world_size=1)
+    try:
+        parallel = nn.parallel.DistributedDataParallel(fused)
+        parallel(query, keys, LENGTHS).square().sum().backward()
+    finally:
+        torch.distributed.destroy_process_group()
+    own(query, keys, LENGTHS).square().sum().backward()
+    grads = [[p.grad for p in layer.parameters() if p.grad is not None] for layer in (fused, own)]
+    assert_equal(grads[0], grads[1])
+
+
+@pytest.mark.parametrize("weight_normalization", [True, False])
+def test_torch_compile_takes_the_fused_layer(weight_normalization: bool) -> None:
+    query, keys = query_and_keys()
+    layer = pooling(weight_normalization=weight_normalization)
+    expected = run(layer, query, keys, LENGTHS)
+    recattn.fuse(layer)
+    compiled = torch.compile(layer, backend="aot_eager")
+    assert_equal(run(compiled, query, keys, LENGTHS), expected)

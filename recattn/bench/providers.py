@@ -6,10 +6,7 @@ laid out beforehand, so that only the operator is timed.
 
 from __future__ import annotations
 
-import importlib
-import sys
 from collections.abc import Callable
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +14,7 @@ from torch import Tensor
 
 from recattn import functional
 from recattn.bench.cases import Case, Inputs
+from recattn.bench.peers import import_peer
 from recattn.jagged import Jagged
 from recattn.reference import activation_unit_padded
 from recattn.reference.activation_unit import hidden_activation, mlp
@@ -114,7 +112,7 @@ def deepctr_torch(case: Case, inputs: Inputs) -> Prepared:
     Raises:
         ModuleNotFoundError: where it is not installed.
     """
-    layer = _import_deepctr_torch().AttentionSequencePoolingLayer(
+    layer = import_peer("deepctr_torch.layers").AttentionSequencePoolingLayer(
         att_hidden_units=case.hidden,
         att_activation=case.activation,
         weight_normalization=case.normalize == "softmax",
@@ -149,20 +147,3 @@ def _padded(case: Case, inputs: Inputs, function: Callable[..., Any]) -> Prepare
     query, keys, weights, biases = leaves = _leaves(inputs, inputs.padded)
     mask = inputs.mask
     return Prepared(lambda: function(query, keys, mask, weights, biases, **case.options), leaves.all)
-
-
-def _import_deepctr_torch() -> Any:
-    """Its layers. Its version check, a thread that asks the network on import, is left out."""
-    if "deepctr_torch" in sys.modules:
-        return importlib.import_module("deepctr_torch.layers")
-    silent: Any = ModuleType("deepctr_torch.utils")
-    silent.check_version = lambda _: None
-    sys.modules[silent.__name__] = silent
-    try:
-        return importlib.import_module("deepctr_torch.layers")
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            f'{error}; pip install "recattn[peers]" brings it', name=error.name
-        ) from error
-    finally:
-        del sys.modules[silent.__name__]

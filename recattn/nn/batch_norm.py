@@ -31,39 +31,50 @@ class UnitNorm(nn.BatchNorm1d):
 
     @property
     def needs_moments(self) -> bool:
-        return self.training or self.running_mean is None
+        return needs_moments(self)
 
     def scale_and_shift(self, moments: Moments | None) -> tuple[Tensor, Tensor]:
         """`[H]` each, in float32 at least; `moments` where they are needed, which move the running statistics."""
-        if self.needs_moments:
-            assert moments is not None
-            mean, variance = moments.mean, moments.variance
-            if self.training:
-                self._track(moments)
-        else:
-            assert self.running_mean is not None
-            assert self.running_var is not None
-            wide = torch.promote_types(self.running_mean.dtype, torch.float32)
-            mean, variance = self.running_mean.to(wide), self.running_var.to(wide)
-        scale = torch.rsqrt(variance + self.eps)
-        if self.weight is not None:
-            scale = scale * self.weight
-        shift = -mean * scale
-        return scale, shift if self.bias is None else shift + self.bias
+        return scale_and_shift(self, moments)
 
-    @torch.no_grad()
-    def _track(self, moments: Moments) -> None:
-        if self.running_mean is None or self.running_var is None or self.num_batches_tracked is None:
-            return
-        mean, variance, items = moments
-        some = items > 0
-        self.num_batches_tracked += some
-        rate: Tensor | float = (
-            1 / self.num_batches_tracked.to(mean.dtype) if self.momentum is None else self.momentum
-        )
-        unbiased = variance * (items / (items - 1).clamp_min(1))
-        for running, new in ((self.running_mean, mean), (self.running_var, unbiased)):
-            running.copy_(torch.where(some, running + rate * (new - running), running))
+
+def needs_moments(norm: nn.BatchNorm1d) -> bool:
+    """Whether a batch norm normalises by the batch itself."""
+    return norm.training or norm.running_mean is None
+
+
+def scale_and_shift(norm: nn.BatchNorm1d, moments: Moments | None) -> tuple[Tensor, Tensor]:
+    """A batch norm as `UnitNorm.scale_and_shift` has it."""
+    if needs_moments(norm):
+        assert moments is not None
+        mean, variance = moments.mean, moments.variance
+        if norm.training:
+            _track(norm, moments)
+    else:
+        assert norm.running_mean is not None
+        assert norm.running_var is not None
+        wide = torch.promote_types(norm.running_mean.dtype, torch.float32)
+        mean, variance = norm.running_mean.to(wide), norm.running_var.to(wide)
+    scale = torch.rsqrt(variance + norm.eps)
+    if norm.weight is not None:
+        scale = scale * norm.weight
+    shift = -mean * scale
+    return scale, shift if norm.bias is None else shift + norm.bias
+
+
+@torch.no_grad()
+def _track(norm: nn.BatchNorm1d, moments: Moments) -> None:
+    if norm.running_mean is None or norm.running_var is None or norm.num_batches_tracked is None:
+        return
+    mean, variance, count = moments
+    some, items = count > 0, count.to(variance.dtype)
+    norm.num_batches_tracked += some
+    rate: Tensor | float = (
+        1 / norm.num_batches_tracked.to(mean.dtype) if norm.momentum is None else norm.momentum
+    )
+    unbiased = variance * (items / (items - 1).clamp_min(1))
+    for running, new in ((norm.running_mean, mean), (norm.running_var, unbiased)):
+        running.copy_(torch.where(some, running + rate * (new - running), running))
 
 
 class Dice(nn.Module):

@@ -14,45 +14,65 @@ from typing import TypeVar
 
 from torch import nn
 
-from recattn.swap.coverage import Swap, Uncovered
+from recattn.backend import BACKENDS
+from recattn.functional.checks import check_choice
+from recattn.swap.coverage import OPTIONS, Options, Swap, Uncovered
 from recattn.swap.report import Report, Row
 
-__all__ = ["Report", "Row", "fuse", "unfuse"]
+__all__ = ["SEMANTICS", "Report", "Row", "fuse", "unfuse"]
 
 Model = TypeVar("Model", bound=nn.Module)
 
+SEMANTICS = ("exact", "valid")
 # Our module for a peer library, by the module of the peer that defines its layers. Ours is imported only once
 # the peer's is, so that no peer is ever imported from here.
-PEERS = {"deepctr_torch.layers.sequence": "recattn.swap.deepctr_torch"}
+PEERS = {
+    "deepctr_torch.layers.sequence": "recattn.swap.deepctr_torch",
+    "deepctr_torch.models.dien": "recattn.swap.deepctr_torch_dien",
+    "deepctr_torch.layers.interaction": "recattn.swap.deepctr_torch_afm",
+    "fuxictr.pytorch.layers.attentions.target_attention": "recattn.swap.fuxictr",
+    "model_zoo.LongCTR.DIEN.DIEN": "recattn.swap.fuxictr_dien",
+    "recbole.model.layers": "recattn.swap.recbole",
+    "recbole.model.sequential_recommender.dien": "recattn.swap.recbole_dien",
+    "recbole.model.context_aware_recommender.afm": "recattn.swap.recbole_afm",
+    "torch_rechub.models.ranking.din": "recattn.swap.torch_rechub",
+    "torch_rechub.models.ranking.dien": "recattn.swap.torch_rechub_dien",
+    "tzrec.modules.sequence": "recattn.swap.torch_easy_rec",
+}
 
 
-def fuse(model: nn.Module) -> Report:
-    """Replaces the layers of a model that a fused operator computes exactly, in place.
+def fuse(model: nn.Module, *, backend: str = "auto", semantics: str = "exact") -> Report:
+    """Replaces the layers of a model that a fused operator computes, in place.
 
-    Goes by exact class, of the libraries that the process has loaded: DeepCTR-Torch's
-    `AttentionSequencePoolingLayer`. Parameters are shared, the keys and shapes of `state_dict` stay, and the
-    layer's hooks, `train`/`eval`, `to`, `deepcopy` and pickling work as before (a model pickled whole needs
-    recattn to load). Outputs and gradients equal the library's up to rounding; there are no second
-    derivatives, and NaN in the padding, which spoils the library's output, does nothing.
+    TorchEasyRec. Parameters are shared, the keys and shapes of `state_dict` stay, and the layer's hooks,
+    `train`/`eval`, `to`, `deepcopy` and pickling work as before (a model pickled whole needs recattn to load). There
+    are no second derivatives, and NaN in the padding, which spoils the output of most libraries, does nothing. Export
+    and tracing (torch.fx, TorchScript, `torch.export`, ONNX) see the library's own layers.
 
     Args:
         model: any module; it may itself be such a layer.
+        backend: what the layers run with, see `recattn.backend`; `"auto"` leaves that to the context of each call.
+        semantics: `"exact"`: outputs and gradients equal the library's up to rounding, its value for an empty history
+            included; statistics of batch norm and Dice in training go over the padding as they do there.
+            `"valid"`: attention and statistics over the positions that count and no others, 0 for an empty history.
 
     Returns:
-        What was replaced, and what was left and why; print it.
+        What was replaced and in what it differs, and what was left and why; print it. A layer that is fused already
+        is given the new options.
 
     Raises:
         TypeError: if `model` is not a module.
+        ValueError: for another backend or semantics.
     """
+    check_choice("backend", backend, BACKENDS)
+    check_choice("semantics", semantics, SEMANTICS)
+    options = Options(backend, semantics)
     swaps = list(_swaps(model))
     rows = []
     for path, module in model.named_modules():
         for swap in swaps:
             if isinstance(module, swap.original):
-                reason = _reason_to_leave(module, swap)
-                if reason is None:
-                    module.__class__ = swap.fused
-                rows.append(Row(path, swap.original.__name__, reason is None, reason or ""))
+                rows.append(Row(path, swap.original.__name__, *_swapped(module, swap, options)))
     return Report(tuple(rows))
 
 
@@ -70,6 +90,7 @@ def unfuse(model: Model) -> Model:
     for module in model.modules():
         if type(module) in originals:
             module.__class__ = originals[type(module)]
+            vars(module).pop(OPTIONS, None)
     return model
 
 
@@ -81,13 +102,15 @@ def _swaps(model: nn.Module) -> Iterator[Swap]:
             yield from import_module(ours).SWAPS
 
 
-def _reason_to_leave(module: nn.Module, swap: Swap) -> str | None:
-    if type(module) is swap.fused:
-        return "fused already"
-    if type(module) is not swap.original:
-        return f"a subclass, {type(module).__name__}, which may compute something else"
+def _swapped(module: nn.Module, swap: Swap, options: Options) -> tuple[bool, str]:
+    """Whether a layer is fused now, and what to say about it."""
+    if type(module) not in (swap.original, swap.fused):
+        return False, f"a subclass, {type(module).__name__}, which may compute something else"
     try:
-        swap.check(module)
+        remarks = swap.check(module, options)
     except Uncovered as reason:
-        return str(reason)
-    return None
+        module.__class__ = swap.original
+        return False, str(reason)
+    module.__class__ = swap.fused
+    vars(module)[OPTIONS] = options
+    return True, "; ".join(remarks)

@@ -2,34 +2,93 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import functools
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
+from types import FunctionType
 from typing import Any, NamedTuple
 
+import torch
 from torch import nn
 
-ACTIVATIONS: dict[type[nn.Module], str] = {
-    nn.Sigmoid: "sigmoid",
-    nn.ReLU: "relu",
-    nn.LeakyReLU: "leaky_relu",
-    nn.PReLU: "prelu",
-    nn.SiLU: "silu",
-    nn.GELU: "gelu",
-    nn.Tanh: "tanh",
-    nn.Identity: "identity",
-}
+from recattn.backend import backend, requested_backend
+
 HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+OPTIONS = "_recattn"  # the attribute that `fuse` adds to a layer
 
 
 class Uncovered(Exception):
     """Why no fused operator computes what a layer computes."""
 
 
+class Options(NamedTuple):
+    """What `fuse` was asked for."""
+
+    backend: str = "auto"
+    semantics: str = "exact"
+
+    @classmethod
+    def of(cls, layer: nn.Module) -> Options:
+        options: Options = vars(layer).get(OPTIONS, cls())
+        return options
+
+    @property
+    def exact(self) -> bool:
+        return self.semantics == "exact"
+
+
 class Swap(NamedTuple):
     """A library's layer and the fused one that takes its place."""
 
     original: type[nn.Module]
-    fused: type[nn.Module]  # a subclass that overrides `forward` and adds no state
-    check: Callable[[Any], object]  # raises Uncovered
+    fused: type[nn.Module]  # a subclass that overrides methods and adds no state
+    # Of a layer and the options what to remark on. Raises Uncovered.
+    check: Callable[[Any, Options], Sequence[str]]
+
+
+def instead_of(own: Callable[..., Any]) -> Callable[[Callable[..., Any]], Any]:
+    """Makes a function a method of a fused layer, with the library's `own` for whatever it does not cover.
+
+    What records or compiles a model gets the library's method: torch.fx, `torch.jit.trace`, `torch.export` and ONNX by
+    running it, TorchScript by reading its source, for which the new method passes as it.
+    """
+
+    def decorate(fused: Callable[..., Any]) -> Any:
+        def run(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            if _exporting((*args, *kwargs.values())):
+                return own(layer, *args, **kwargs)
+            options = Options.of(layer)
+            with nullcontext() if options.backend == "auto" else backend(options.backend):
+                try:
+                    return fused(layer, *args, **kwargs)
+                except Uncovered as reason:
+                    if requested_backend() == "triton":
+                        raise NotImplementedError(f'backend "triton": {reason}') from None
+                return own(layer, *args, **kwargs)
+
+        def method(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            return run(layer, *args, **kwargs)
+
+        # TorchScript looks up the names in the library's source among the globals of the method.
+        twin = FunctionType(method.__code__, own.__globals__, closure=method.__closure__)
+        functools.update_wrapper(twin, own)
+        twin.__doc__, twin.__module__ = fused.__doc__, fused.__module__
+        twin.__qualname__ = fused.__qualname__
+        return twin
+
+    return decorate
+
+
+def _exporting(arguments: Iterable[Any]) -> bool:
+    """Whether a call is to be recorded; ONNX is made of `jit.trace` or `torch.export`."""
+    return torch.jit.is_tracing() or torch.compiler.is_exporting() or any(map(_is_proxy, arguments))
+
+
+def _is_proxy(argument: Any) -> bool:
+    """Whether it stands for a tensor while torch.fx traces."""
+    if isinstance(argument, list | tuple):
+        return any(map(_is_proxy, argument))
+    return isinstance(argument, torch.fx.Proxy)
 
 
 def expect(name: str, module: nn.Module, *classes: type[nn.Module]) -> None:
@@ -40,35 +99,12 @@ def expect(name: str, module: nn.Module, *classes: type[nn.Module]) -> None:
     if type(module) not in classes:
         expected = " or ".join(cls.__name__ for cls in classes)
         raise Uncovered(f"{name}: {type(module).__name__} in place of {expected}")
-    _expect_no_detour(name, module)
-
-
-def hidden_activation(
-    layers: Mapping[str, nn.Module], also: Mapping[type[nn.Module], str] | None = None
-) -> dict[str, Any]:
-    """`activation` and `activation_params` of `recattn.functional.activation_unit`, from the modules by name.
-
-    Args:
-        also: the names of further classes, of the library's own.
-    """
-    names = {**ACTIVATIONS, **(also or {})}
-    for name, layer in layers.items():
-        if type(layer) not in names:
-            raise Uncovered(f"{name}: {type(layer).__name__} is not built")
-        if isinstance(layer, nn.GELU) and layer.approximate != "none":
-            raise Uncovered(f"{name}: GELU(approximate={layer.approximate!r}) is not built")
-        _expect_no_detour(name, layer)
-    modules = list(layers.values())
-    variants = {(names[type(layer)], getattr(layer, "negative_slope", None)) for layer in modules}
-    if len(variants) != 1:
-        raise Uncovered(f"{', '.join(layers)}: different activations, {', '.join(map(repr, modules))}")
-    ((activation, negative_slope),) = variants
-    slopes: Sequence[Any] = [layer.weight for layer in modules if isinstance(layer, nn.PReLU)]
-    return {"activation": activation, "activation_params": slopes or negative_slope}
-
-
-def _expect_no_detour(name: str, module: nn.Module) -> None:
     if any(getattr(module, hooks) for hooks in HOOKS):
         raise Uncovered(f"{name}: its hooks would not run")
-    if "forward" in vars(module):
-        raise Uncovered(f"{name}: its forward is replaced")
+    expect_own("forward", module, name)
+
+
+def expect_own(method: str, module: nn.Module, name: str = "") -> None:
+    """Raises if an instance has a method of its own, in place of that of its class."""
+    if method in vars(module):
+        raise Uncovered(f"{name}: its {method} is replaced" if name else f"its {method} is replaced")

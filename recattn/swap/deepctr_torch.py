@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from deepctr_torch.layers.activation import Identity
+from deepctr_torch.layers.activation import Dice, Identity
 from deepctr_torch.layers.core import DNN, LocalActivationUnit
 from deepctr_torch.layers.sequence import AttentionSequencePoolingLayer
 from torch import Tensor, nn
 
-from recattn import functional
-from recattn.backend import requested_backend
-from recattn.jagged import pack, unpack
-from recattn.swap.coverage import Swap, Uncovered, expect, hidden_activation
+from recattn.swap.coverage import Options, Swap, Uncovered, expect, expect_own, instead_of
+from recattn.swap.histories import MEAN, ZERO, Padded, attend, by_length, remarks
+from recattn.swap.scorers import Gate, Scorer
 
 __all__ = ["SWAPS", "FusedAttentionSequencePoolingLayer"]
 
@@ -25,10 +25,12 @@ class FusedAttentionSequencePoolingLayer(AttentionSequencePoolingLayer):
         s_t = MLP([q, k_t, q-k_t, q \odot k_t]),\quad a = softmax(s) \text{ or } s,\quad out = \sum_t a_t k_t
 
     As in the library, a row without items pools to 0, or with `weight_normalization` to the mean of all its
-    positions. What the library lets through beyond its documented shapes, and a layer changed after it was
-    fused so that the operator no longer computes it, runs through the library's own code.
+    positions, and Dice in training has statistics of all positions. What the library lets through beyond its documented
+    shapes, and a layer changed after it was fused so that the operator no longer computes it, runs through the
+    library's own code.
     """
 
+    @instead_of(AttentionSequencePoolingLayer.forward)
     def forward(self, query: Tensor, keys: Tensor, keys_length: Tensor, mask: Tensor | None = None) -> Tensor:
         """Pools the histories.
 
@@ -41,59 +43,50 @@ class FusedAttentionSequencePoolingLayer(AttentionSequencePoolingLayer):
         Returns:
             `[B, 1, E]`, or with `return_score` the attention, `[B, 1, T]`.
         """
-        try:
-            arguments = _arguments(self)
-            valid = _valid(self, query, keys, keys_length, mask)
-        except Uncovered as reason:
-            if requested_backend() == "triton":
-                raise NotImplementedError(f'backend "triton": {reason}') from None
-            return super().forward(query, keys, keys_length, mask)
-        rows, offsets = pack(valid)
-        result = functional.activation_unit(
+        result = attend(
+            _scorer(self),
             query.squeeze(1),
-            keys.flatten(0, 1),
-            offsets,
-            rows=rows,
-            unique_rows=True,
+            Padded(keys, _valid(self, query, keys, keys_length, mask)),
+            Options.of(self),
             return_scores=self.return_score,
-            **arguments,
+            **_pooling(self),
         )
-        result = unpack(result[1], valid) if self.return_score else result
-        assert isinstance(result, Tensor)
-        if self.weight_normalization:
-            result = _fill_empty(result, keys, valid, self.return_score)
         return result.unsqueeze(1)
 
 
-def _arguments(layer: AttentionSequencePoolingLayer) -> dict[str, Any]:
-    """What the operator takes from the layer. Raises Uncovered if it would compute something else."""
+def _pooling(layer: AttentionSequencePoolingLayer) -> dict[str, Any]:
+    """With every position masked alike, the library's softmax weighs all of them alike."""
+    if layer.weight_normalization:
+        return {"normalize": "softmax", "empty": MEAN}
+    return {"normalize": "none", "empty": ZERO}
+
+
+def _scorer(layer: AttentionSequencePoolingLayer) -> Scorer:
+    """Raises Uncovered if an operator would compute something else."""
     unit = layer.local_att
     expect("local_att", unit, LocalActivationUnit)
     dnn = unit.dnn
     expect("local_att.dnn", dnn, DNN)
-    if "forward" in vars(layer):
-        raise Uncovered("its forward is replaced")
+    expect_own("forward", layer)
     if dnn.use_bn:
         raise Uncovered("local_att.dnn: use_bn is not built")
-    expect("local_att.dnn.dropout", dnn.dropout, nn.Dropout)
-    if dnn.dropout.p > 0:
-        raise Uncovered(f"local_att.dnn.dropout: dropout of {dnn.dropout.p} is not built")
-    linears = {f"local_att.dnn.linears.{i}": linear for i, linear in enumerate(dnn.linears)}
-    linears["local_att.dense"] = unit.dense
-    for name, linear in linears.items():
-        expect(name, linear, nn.Linear)
-        if linear.bias is None:
-            raise Uncovered(f"{name}: no bias")
-    activations = {f"local_att.dnn.activation_layers.{i}": a for i, a in enumerate(dnn.activation_layers)}
-    for name, activation in activations.items():
+    modules: dict[str, nn.Module] = {}
+    for i, (linear, activation) in enumerate(zip(dnn.linears, dnn.activation_layers, strict=True)):
+        modules[f"local_att.dnn.linears.{i}"] = linear
+        modules[f"local_att.dnn.activation_layers.{i}"] = activation
+        modules[f"local_att.dnn.dropout, {i}"] = dnn.dropout
         if isinstance(activation, nn.PReLU) and activation.num_parameters != 1:
-            raise Uncovered(f"{name}: PReLU of a 3-D input has a slope per position, not per unit")
-    return {
-        "weights": [linear.weight for linear in linears.values()],
-        "biases": [linear.bias for linear in linears.values()],
-        "normalize": "softmax" if layer.weight_normalization else "none",
-        **hidden_activation(activations, {Identity: "identity"}),
-    }
+            raise Uncovered(
+                f"local_att.dnn.activation_layers.{i}: PReLU of a 3-D input has a slope per position, not per unit"
+            )
+    modules["local_att.dense"] = unit.dense
+    return Scorer.of(modules, {Identity: "identity", Dice: "dice"}, _gate)
+
+
+def _gate(dice: Dice) -> Gate:
+    if dice.dim != 3:
+        raise Uncovered("Dice of a 2-D input")
+    return Gate(dice.alpha.flatten(), dice.bn)
 
 
 def _valid(
@@ -113,19 +106,11 @@ def _valid(
         return mask.bool()
     if keys_length.numel() != batch:
         raise Uncovered(f"keys_length: {tuple(keys_length.shape)}")
-    position = torch.arange(longest, device=keys_length.device, dtype=keys_length.dtype)
-    return position < keys_length.reshape(-1, 1)
+    return by_length(keys_length, longest)
 
 
-def _fill_empty(result: Tensor, keys: Tensor, valid: Tensor, scores: bool) -> Tensor:
-    """With every position masked alike, the library's softmax weighs all of them alike."""
-    longest = keys.shape[1]
-    empty = ~valid.any(1, keepdim=True)
-    if longest == 0 or (empty.is_cpu and not bool(empty.any())):
-        return result
-    if scores:
-        return result.masked_fill(empty, 1 / longest)
-    return torch.where(empty, keys.mean(1).to(result.dtype), result)
+def _check(layer: Any, options: Options) -> Sequence[str]:
+    return remarks(_scorer(layer), options, _pooling(layer)["empty"])
 
 
-SWAPS = (Swap(AttentionSequencePoolingLayer, FusedAttentionSequencePoolingLayer, _arguments),)
+SWAPS = (Swap(AttentionSequencePoolingLayer, FusedAttentionSequencePoolingLayer, _check),)

@@ -14,7 +14,7 @@ class Row(NamedTuple):
         path: as in `named_modules`; empty for the model itself.
         layer: the name of the library's class.
         swapped: whether it was replaced.
-        reason: why it was not; empty if it was.
+        reason: why it was not; or, if it was, in what it differs from the library's, empty for nothing.
     """
 
     path: str
