@@ -14,12 +14,12 @@ import self_attention_cases
 import target_attention_cases
 import torch
 from on_gpu import OPERATORS, HostSync, OnGPU, on_meta
-from recorded_launches import recorded_launches
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
 import recattn
 from recattn import Jagged, functional, nn
+from recattn.inspect.recording import recorded_launches
 from recattn.jagged import offsets_of
 
 LENGTHS = (3, 0, 40, 1)

@@ -17,11 +17,11 @@ import triton
 import triton.language as tl
 from guarded_memory import Guards, Launch, guarded_memory
 from recattn.kernels import settings, target_attention_settings
-from recorded_launches import modules, recorded_launches
 from triton.runtime.errors import InterpreterError
 
 import recattn
 from recattn import functional
+from recattn.inspect.recording import modules, recorded_launches
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 

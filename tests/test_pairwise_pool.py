@@ -9,12 +9,12 @@ import pytest
 import torch
 from pairwise_pool_cases import Case, assert_within_budget, call, eager, exact, variant
 from recattn.kernels import pairwise_pool_settings as settings
-from recorded_launches import recorded_launches
 from torch import Tensor
 
 import recattn
 from recattn import functional
 from recattn.composite import pairwise_pool as composite
+from recattn.inspect.recording import recorded_launches
 
 BACKENDS = ("triton", "torch")
 
