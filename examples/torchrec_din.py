@@ -1,6 +1,6 @@
 """TorchRec's embeddings in front of recattn's attention: DIN over a KeyedJaggedTensor.
 
-pip install --no-deps -r tests/torchrec.txt
+pip install --no-deps -r peers.txt
 python examples/torchrec_din.py
 """
 

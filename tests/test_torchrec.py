@@ -1,4 +1,4 @@
-"""TorchRec's own tensors and embeddings beside recattn, where TorchRec is installed: see torchrec.txt."""
+"""TorchRec's own tensors and embeddings beside recattn, where TorchRec is installed: see peers.txt."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import torch
 from recattn import Jagged
 from recattn.nn import ActivationUnit
 
-pytest.importorskip("fbgemm_gpu", reason="tests/torchrec.txt is not installed")
-torchrec = pytest.importorskip("torchrec", reason="tests/torchrec.txt is not installed")
+pytest.importorskip("fbgemm_gpu", reason="peers.txt is not installed")
+torchrec = pytest.importorskip("torchrec", reason="peers.txt is not installed")
 
 LENGTHS = torch.tensor([2, 0, 3, 1])
 
