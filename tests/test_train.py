@@ -70,6 +70,17 @@ def test_several_models_end_in_one_table(folder: Path, capsys: pytest.CaptureFix
     assert f"{gap:+.4f}" in out
 
 
+def test_one_of_the_two_can_be_trained_alone(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(command(folder, "--json", str(folder / "both.json"))) == 0
+    both = json.loads((folder / "both.json").read_text())[0]
+    capsys.readouterr()
+    assert main(command(folder, "--layers", "eager", "--json", str(folder / "one.json"))) == 0
+    (alone,) = json.loads((folder / "one.json").read_text())
+    assert set(alone) == {"model", "eager"}
+    assert alone["eager"]["loss"] == both["eager"]["loss"]
+    assert "agree" not in capsys.readouterr().out
+
+
 def test_a_seed_fixes_the_curves(folder: Path) -> None:
     def losses(seed: int) -> list[float]:
         assert main(command(folder, "--seed", str(seed), "--json", str(folder / "out.json"))) == 0

@@ -15,6 +15,7 @@ import torch
 
 from recattn.data import Examples, Interactions, fetch_movielens, read_movielens
 from recattn.models import MODELS, RankingModel
+from recattn.nn.twin import IMPLEMENTATIONS
 from recattn.training import Curve, train_side_by_side
 
 # How far apart the curves of one model computed in two ways may be.
@@ -34,6 +35,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=["din"],
         metavar="NAME",
         help=f"one or more of {', '.join(MODELS)}; or all",
+    )
+    parser.add_argument(
+        "--layers",
+        choices=IMPLEMENTATIONS,
+        nargs="+",
+        default=list(IMPLEMENTATIONS),
+        metavar="fused|eager",
+        help="only one of the two; default: both",
     )
     parser.add_argument("--epochs", type=_positive, default=3)
     parser.add_argument("--seed", type=int, default=0, help="of weights, order of examples and dropout")
@@ -108,13 +117,13 @@ def _train(
 ) -> dict[str, Curve]:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-    fused, eager = _twins(name, args, log, device)
+    models = _twins(name, args, log, device)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as progress:
         batches = -(-len(parts[0]) // args.batch_size)
         task = progress.add_task("warming up", total=batches * args.epochs)
         curves = train_side_by_side(
-            {"fused": fused, "eager": eager},
+            models,
             *parts,
             epochs=args.epochs,
             batch_size=args.batch_size,
@@ -122,12 +131,13 @@ def _train(
             seed=args.seed,
             device=device,
             progress=lambda epoch, done: progress.update(
-                task, advance=done, description=f"{name}, epoch {epoch + 1}, fused and eager"
+                task, advance=done, description=f"{name}, epoch {epoch + 1}, {' and '.join(models)}"
             ),
         )
     console.print(_table(name, curves, device))
-    for line in _verdict(curves["fused"], curves["eager"]):
-        console.print(line)
+    if len(curves) == 2:
+        for line in _verdict(curves["fused"], curves["eager"]):
+            console.print(line)
     return curves
 
 
@@ -142,26 +152,26 @@ def _device(name: str | None) -> torch.device:
 
 def _twins(
     name: str, args: argparse.Namespace, log: Interactions, device: torch.device
-) -> tuple[RankingModel, RankingModel]:
-    """The model with fused layers, and a copy with eager ones."""
+) -> dict[str, RankingModel]:
+    """Copies of one model, with fused layers and with eager ones."""
     torch.manual_seed(args.seed)
     model = MODELS[name](log.num_users, log.num_items, log.num_categories, dim=args.dim).to(device)
-    return model.use("fused"), copy.deepcopy(model).use("eager")
+    return {layers: copy.deepcopy(model).use(layers) for layers in IMPLEMENTATIONS if layers in args.layers}
 
 
 def _table(model: str, curves: dict[str, Curve], device: torch.device) -> Any:
     from rich.table import Table
 
     held = "allocated" if device.type == "cuda" else "resident"
-    table = Table(title=f"{model.upper()}, fused and eager from the same weights on the same batches")
+    table = Table(title=f"{model.upper()}, {' and '.join(curves)} from the same weights on the same batches")
     for heading in ("epoch", "layers", "loss", "test AUC", "by user", "seconds", f"peak {held}"):
         table.add_column(heading, justify="left" if heading == "layers" else "right")
-    for epoch in range(len(curves["fused"].loss)):
+    for epoch in range(len(next(iter(curves.values())).loss)):
         for name, curve in curves.items():
             figures = (f"{figure[epoch]:.5f}" for figure in (curve.loss, curve.auc, curve.gauc))
             last = name == list(curves)[-1]
             table.add_row(
-                str(epoch + 1) if name == "fused" else "",
+                str(epoch + 1) if name == next(iter(curves)) else "",
                 name,
                 *figures,
                 f"{curve.seconds[epoch]:.2f}",
@@ -181,21 +191,23 @@ def _summary(curves: dict[str, dict[str, Curve]], device: torch.device) -> Any:
         table.add_column(heading, justify="left" if heading == "model" else "right")
     for heading in (f"peak {held}, fused", "eager"):
         table.add_column(heading, justify="right")
+    base = next(iter(curves["mean"].values())) if "mean" in curves else None
     for name, of_model in curves.items():
-        fused, eager = of_model["fused"], of_model["eager"]
-        over = f"{fused.gauc[-1] - curves['mean']['fused'].gauc[-1]:+.4f}" if "mean" in curves else ""
+        trained = next(iter(of_model.values()))
+        both = [of_model.get(layers) for layers in IMPLEMENTATIONS]
         table.add_row(
             name,
-            f"{fused.auc[-1]:.4f}",
-            f"{fused.gauc[-1]:.4f}",
-            over,
-            *(f"{statistics.median(curve.seconds):.1f}" for curve in (fused, eager)),
-            *(
-                _mebibytes(max((peak for peak in curve.peak_bytes if peak), default=None))
-                for curve in (fused, eager)
-            ),
+            f"{trained.auc[-1]:.4f}",
+            f"{trained.gauc[-1]:.4f}",
+            "" if base is None else f"{trained.gauc[-1] - base.gauc[-1]:+.4f}",
+            *("" if curve is None else f"{statistics.median(curve.seconds):.1f}" for curve in both),
+            *("" if curve is None else _mebibytes(_peak(curve)) for curve in both),
         )
     return table
+
+
+def _peak(curve: Curve) -> int | None:
+    return max((peak for peak in curve.peak_bytes if peak), default=None)
 
 
 def _mebibytes(size: float | None) -> str:
