@@ -353,7 +353,8 @@ def backward(
     shares = settings.shares(launch, call)
     programs = settings.programs(launch, call)
     if not call.pairs or not batch:
-        return tuple(torch.zeros_like(x) for x in (call.fields, call.weight, call.bias, call.projection))
+        fields, weight, bias, projection = (torch.zeros_like(x) for x in call[:4])
+        return fields, weight, bias, projection
     data = arguments(call)
 
     def new(*shape: int) -> Tensor:

@@ -14,7 +14,7 @@ MOST_FIELDS = 256
 
 class PairsLaunch(NamedTuple):
     rows: int  # samples of a program
-    columns: int  # of the fields that a program holds at a time together; at most 8 fields
+    columns: int  # of all fields that a program holds at a time, which are at most 8
     num_warps: int
     num_stages: int
     programs_per_sm: int
@@ -28,7 +28,7 @@ FORWARD = {
 BACKWARD = {
     "half": PairsLaunch(16, 32, 1, 1, 8),
     "tf32": PairsLaunch(16, 32, 1, 1, 8),
-    "ieee": PairsLaunch(16, 32, 1, 1, 8),
+    "ieee": PairsLaunch(16, 16, 1, 1, 8),
 }
 
 

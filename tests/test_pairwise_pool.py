@@ -46,11 +46,14 @@ def test_kernels_equal_the_formula_for_every_number_of_fields(count: int, precis
     check(variant(count=count, dtype=precision))
 
 
+@pytest.mark.slow
 def test_kernels_equal_the_formula_for_many_fields() -> None:
     check(variant(count=24, batch=3, dtype=torch.bfloat16))
 
 
-@pytest.mark.parametrize(("dim", "hidden"), [(1, 1), (16, 16), (40, 3), (5, 33), (64, 64)])
+@pytest.mark.parametrize(
+    ("dim", "hidden"), [(1, 1), (16, 16), (40, 3), (5, 33), pytest.param(64, 64, marks=pytest.mark.slow)]
+)
 def test_kernels_equal_the_formula_at_every_width(dim: int, hidden: int, precision: torch.dtype) -> None:
     check(variant(count=5, dim=dim, hidden=hidden, dtype=precision))
 
