@@ -263,6 +263,7 @@ def specialize(
         stages=launch.num_stages,
         warps=launch.num_warps,
         dropped=0 if unit.dropout is None else unit.dropout.dropped,
+        zero=net.form.zero,
     )
 
 

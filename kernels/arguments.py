@@ -98,6 +98,7 @@ class Spec:
     warps: int = 1  # that share a tile
     scored: bool = False  # forward reads the scores instead of computing them
     dropped: int = 0  # of 2^16 hidden units
+    zero: float = 0.0  # what a kernel has as a unit that is 0
     statistics: bool = False  # of the last hidden layer, in place of scores
     sums: str = "all"  # of "weights" or "params" only, in weights_kernel
 

@@ -11,6 +11,8 @@ from .primitives import columns
 GAMMA = tl.constexpr(0x9E3779B9)
 M1 = tl.constexpr(0x21F0AAAD)
 M2 = tl.constexpr(0xD35A2D97)
+E1 = tl.constexpr(0x43E1555A)
+E2 = tl.constexpr(0xA6B45B2E)
 
 
 @triton.jit
@@ -22,40 +24,49 @@ def mix(x):
 
 @triton.jit
 def noise_of(net, row, SPEC: tl.constexpr):
-    """`[tokens]`, uint32: a hash of each row of a tile, which `drop` takes; nothing without dropout."""
+    """Two hashes of each row of a tile, `[tokens]`, uint32, which `drop` takes; nothing without dropout."""
     if get(SPEC, "dropped") > 0:
         row = row.to(tl.int64)
         key = tl.load(net.noise).to(tl.uint32, bitcast=True)
-        return mix(row.to(tl.uint32) ^ key) + (row >> 32).to(tl.uint32) * GAMMA
+        hashed = mix(row.to(tl.uint32) ^ key) + (row >> 32).to(tl.uint32) * GAMMA
+        return hashed, mix(hashed ^ GAMMA) | 1
     else:
         return ()
 
 
 @triton.jit
-def drop(x, noise, j: tl.constexpr, LAYER: tl.constexpr, SPEC: tl.constexpr):
-    """Slab j of a hidden layer, `[tokens, units]`, zero where a unit is dropped. What kept units grow by is in the
-    weights that read them."""
+def where_kept(x, other, noise, j: tl.constexpr, LAYER: tl.constexpr, SPEC: tl.constexpr):
+    """Slab j of a hidden layer, `[tokens, units]`, but `other` where a unit is dropped."""
     if get(SPEC, "dropped") > 0:
         unit = columns(j, width(LAYER, SPEC), widest(LAYER, SPEC), narrowest(LAYER, SPEC)).to(tl.uint32)
-        pair = ((unit >> 1) + LAYER * 65536) * GAMMA
-        bits = (noise[:, None] ^ pair[None, :]) * M1
-        bits = (bits ^ (bits >> 15)) * M2
-        half = (bits << (16 - 16 * (unit & 1))[None, :]).to(tl.int32, bitcast=True)
-        return tl.where(half >= (get(SPEC, "dropped") - 32768) * 65536, x, 0.0)
+        add = ((unit >> 1) + LAYER * 65537) * GAMMA
+        lane = ((unit >> 1) & 3) * E1
+        turn = ((unit >> 3) + LAYER * 8193) * E2
+        bits = (noise[0][:, None] + add[None, :]) * ((noise[1][:, None] ^ lane[None, :]) ^ turn[None, :])
+        half = (bits * (1 + 65536 * (unit & 1))[None, :]).to(tl.int32, bitcast=True)
+        return tl.where(half >= (get(SPEC, "dropped") - 32768) * 65536, x, other)
     else:
         return x
 
 
+@triton.jit
+def drop(x, noise, j: tl.constexpr, LAYER: tl.constexpr, SPEC: tl.constexpr):
+    """Slab j of a hidden layer with dropout. What kept units grow by is in the weights that read them."""
+    return where_kept(x, get(SPEC, "zero"), noise, j, LAYER, SPEC)
+
+
 @triton.constexpr_function
-def closed_at_zero(activation):
-    """Whether the way back through an activation is a function of the unit, and multiplies by 0 where that is 0."""
-    return activation in ("sigmoid", "twice_sigmoid", "logistic2", "relu")
+def open_at_zero(spec):
+    """Whether the way back through dropped units has to be closed: it is not a function of the unit, or one that is
+    not 0 where the unit is."""
+    closed = spec.activation in ("sigmoid", "relu") or (spec.activation == "tanh" and spec.zero == -1)
+    return spec.dropped > 0 and not closed
 
 
 @triton.jit
 def drop_gradient(dh, noise, j: tl.constexpr, LAYER: tl.constexpr, SPEC: tl.constexpr):
     """dL/dh likewise, as far as the activation's way back does not see to it."""
-    if closed_at_zero(get(SPEC, "activation")):
-        return dh
+    if open_at_zero(SPEC):
+        return where_kept(dh, 0.0, noise, j, LAYER, SPEC)
     else:
-        return drop(dh, noise, j, LAYER, SPEC)
+        return dh

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from .arguments import depth, get, narrowest, widest, width
-from .dropout import drop_gradient
+from .dropout import drop_gradient, open_at_zero
 from .mlp import hidden_zero, load_params, load_units, params_of
 from .primitives import activate_backward, dot, load_matrix, times_tanh_slope
 
@@ -74,7 +74,7 @@ def last_units_backward(ds, zs, hs, params, noise, SPEC: tl.constexpr):
         grad = tl.broadcast_to(ds[:, None], zs[j].shape)
         if get(SPEC, "statistics"):
             dz = grad * (param[0] + param[1] * zs[j])
-        elif get(SPEC, "activation") == "tanh" and get(SPEC, "dropped") == 0:
+        elif get(SPEC, "activation") == "tanh" and not open_at_zero(SPEC):
             turned = hs[j] * -ds[:, None]
             dz = turned * hs[j] + ds[:, None]
         else:

@@ -32,13 +32,17 @@ class Form(NamedTuple):
     gain: float = 1.0
     shift: float = 0.0
 
+    @property
+    def zero(self) -> float:
+        """What the kernel has where act is 0, as it is for a dropped unit."""
+        return -self.shift / self.gain if self.shift else 0.0
+
 
 FOLDED = {"sigmoid": Form("tanh", 0.5, 0.5, 0.5), "silu": Form("half_silu", 0.5), "dice": Form("half_dice")}
-# A dropped unit is 0, so that what a kernel has as u may have no shift.
-DROPPED = FOLDED | {"sigmoid": Form("twice_sigmoid", 0.5, 0.5)}
 PLAIN = {"prelu": Form("leaky_relu")}
 # What turns scores to base 2, where an exponential of them is taken.
 BASE_2 = {"softmax": math.log2(math.e), "exp": math.log2(math.e), "sigmoid": -math.log2(math.e)}
+LARGE = 16  # a gain whose weights might leave fp16's range
 SPLIT = {"sigmoid": Form("logistic2", -math.log2(math.e))}
 
 
@@ -62,15 +66,14 @@ def normal_form(unit: Any, bounded_half: bool = False, split: bool = False) -> N
     plain = PLAIN.get(unit.activation, Form(unit.activation))
     folded = {}
     if torch.version.hip is None:
-        fast = FOLDED if unit.dropout is None else DROPPED
-        folded = fast if precision != "ieee" else SPLIT if split else {}
+        folded = FOLDED if precision != "ieee" else SPLIT if split else {}
     form = folded.get(unit.activation, plain)
     if unit.dropout is not None:
-        form = form._replace(gain=form.gain * unit.dropout.gain)
+        form = form._replace(gain=form.gain * unit.dropout.gain, shift=form.shift * unit.dropout.gain)
     last_factor = unit.scale * BASE_2.get(unit.normalize, 1.0)
     dtype = unit.keys.dtype
     approx = precision != "ieee" and torch.version.hip is None and not triton.knobs.runtime.interpret
-    half = bounded_half and approx and precision == "tf32" and form.kernel == "tanh"
+    half = bounded_half and approx and precision == "tf32" and form.kernel == "tanh" and form.gain < LARGE
     inner_dtype = torch.float16 if half else dtype
     first = [x if form.inner == 1 else x * form.inner for x in unit.first[1:]]
     *weights, last_weight = unit.weights

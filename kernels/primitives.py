@@ -253,17 +253,14 @@ def param_terms(z, params, ACTIVATION: tl.constexpr, APPROX: tl.constexpr):
 
 @triton.jit
 def activate(z, params, ACTIVATION: tl.constexpr, APPROX: tl.constexpr):
-    """`half_silu(z)` is silu(2z) = z·tanh(z) + z, `logistic2(z)` sigmoid(-z·ln 2), `twice_sigmoid(z)` 2·sigmoid(2z) =
-    tanh(z) + 1; the others are what they are called. `params` are vectors over the units, `[1, units]`: a slope, or
-    those of `gate`."""
+    """`half_silu(z)` is silu(2z) = z·tanh(z) + z, `logistic2(z)` sigmoid(-z·ln 2); the others are what they are called.
+    `params` are vectors over the units, `[1, units]`: a slope, or those of `gate`."""
     if ACTIVATION == "tanh":
         return tanh(z, APPROX)
     elif ACTIVATION == "sigmoid":
         return 1 / (1 + tl.exp(-z))
     elif ACTIVATION == "logistic2":
         return 1 / (1 + tl.exp2(z))
-    elif ACTIVATION == "twice_sigmoid":
-        return tanh(z, APPROX) + 1
     elif ACTIVATION == "dice" or ACTIVATION == "half_dice":
         return z * gate(z, params, ACTIVATION, APPROX)[0]
     elif ACTIVATION == "half_silu":
@@ -288,8 +285,6 @@ def activate_backward(grad, z, h, params, ACTIVATION: tl.constexpr, APPROX: tl.c
         return grad * (1 - h * h)
     elif ACTIVATION == "sigmoid":
         return grad * h * (1 - h)
-    elif ACTIVATION == "twice_sigmoid":
-        return grad * h * (2 - h)
     elif ACTIVATION == "dice" or ACTIVATION == "half_dice":
         g, slope, _by_alpha = gate(z, params, ACTIVATION, APPROX)
         return grad * (g + z * slope * params[1])

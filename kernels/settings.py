@@ -80,7 +80,7 @@ WIDE_HISTORIES = Launch(8, 4, 2, 256, (256, 16), 128, 256, 0)
 
 # "split" is "ieee" where products of float32 are made of several narrower ones.
 BACKWARD_TOKENS = {
-    "half": Launch(32, 2, 1, 16, (16, 16), 64, 512, 4),
+    "half": Launch(32, 2, 1, 16, (16, 16), 32, 512, 4),
     "tf32": Launch(32, 2, 1, 16, (16, 16), 64, 512, 4),
     "ieee": Launch(32, 4, 1, 64, (32, 16), 64, 512, 2),
     "split": Launch(32, 2, 1, 16, (16, 16), 64, 512, 4),

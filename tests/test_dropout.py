@@ -11,24 +11,26 @@ from recattn import functional
 from recattn.ops.dropout import Dropout
 
 WORD = 0xFFFFFFFF
+M1, M2 = 0x21F0AAAD, 0xD35A2D97
+E1, E2 = 0x43E1555A, 0xA6B45B2E
 
 
 def mix(x: int) -> int:
     x ^= x >> 16
-    x = x * 0x21F0AAAD & WORD
+    x = x * M1 & WORD
     x ^= x >> 15
-    x = x * 0xD35A2D97 & WORD
+    x = x * M2 & WORD
     return x ^ x >> 15
 
 
 def half(seed: int, row: int, layer: int, unit: int) -> int:
     """The 16 bits that decide on a unit, as an unsigned number turned by half its range."""
     key = mix((seed & WORD) ^ mix((seed >> 32 & WORD) ^ 0x9E3779B9))
-    hashed = mix((row & WORD) ^ key) + (row >> 32) * 0x9E3779B9 & WORD
-    x = (hashed ^ ((layer << 16) + unit // 2) * 0x9E3779B9 & WORD) * 0x21F0AAAD & WORD
-    x ^= x >> 15
-    x = x * 0xD35A2D97 & WORD
-    return ((x >> 16 if unit % 2 else x & 0xFFFF) + 32768) % 65536
+    r = mix((row & WORD) ^ key) + (row >> 32) * 0x9E3779B9 & WORD
+    s = mix(r ^ 0x9E3779B9) | 1
+    lane, octet = unit // 2 % 4, 8193 * layer + unit // 8
+    x = (r + (65537 * layer + unit // 2) * 0x9E3779B9) * (s ^ lane * E1 & WORD ^ octet * E2 & WORD) & WORD
+    return ((x * (65537 if unit % 2 else 1) & WORD) >> 16) + 32768 & 0xFFFF
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2**62 + 12345])

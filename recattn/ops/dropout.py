@@ -1,12 +1,16 @@
 """Which hidden units dropout keeps: a function of the seed, the row, the layer and the unit.
 
 So whoever computes a unit again, in whatever order, keeps the same, and no mask is stored. A row counts along the
-histories of all queries. A hash of 32 bits decides for two neighbouring units, by 16 bits each:
+histories of all queries. A word of 32 bits decides for two neighbouring units, by 16 bits each:
 
-    x = (mix(row ^ key) ^ γ·(2^16·layer + unit // 2)) · M1;   x ^= x >> 15;   x *= M2
+    r = mix(row ^ key)      s = mix(r ^ γ) | 1
+    word = (r + γ·(65537·layer + unit // 2)) · (s ^ E1·(unit // 2 % 4) ^ E2·(8193·layer + unit // 8))
 
-The lower half is of the even unit; a unit is kept if its half, as a signed integer, is at least a threshold.
-Everything wraps in 32 bits. `kernels/dropout.py` is the same in Triton.
+So r and s are of a row, and units cost an addition, an exclusive or and a product: a thread that has the units 2t and
+2t + 1 of every eight, as tensor cores leave them, finds all else in constants. E1 and E2 are even, so one factor is odd
+and all words are equally likely. A unit is kept if the upper half of the word, for an odd unit of 65537·word, is at
+least a threshold as a signed integer; the latter is the sum of both halves. Everything wraps in 32 bits.
+`kernels/dropout.py` is the same in Triton.
 """
 
 from __future__ import annotations
@@ -17,6 +21,7 @@ import torch
 from torch import Tensor
 
 GAMMA, M1, M2 = 0x9E3779B9, 0x21F0AAAD, 0xD35A2D97
+E1, E2 = 0x43E1555A, 0xA6B45B2E
 
 
 class Dropout(NamedTuple):
@@ -48,13 +53,15 @@ class Dropout(NamedTuple):
     def kept(self, rows: Tensor, layer: int, width: int) -> Tensor:
         """`rows [n]`, int64, to `[n, width]`, bool."""
         low, high = _words(rows)
-        row = _mix(low ^ self.key) + high * _signed(GAMMA)
+        r = _mix(low ^ self.key) + high * _signed(GAMMA)
+        s = _mix(r ^ _signed(GAMMA)) | 1
         pairs = (width + 1) // 2
-        pair = torch.arange(pairs, device=rows.device, dtype=torch.int32) + (layer << 16)
-        x = (row.unsqueeze(1) ^ (pair * _signed(GAMMA))) * _signed(M1)
-        x = _xor_shift(x, 15).mul_(_signed(M2))
-        halves = torch.stack((x << 16, x), 2).view(rows.numel(), 2 * pairs)[:, :width]
-        return halves >= self.threshold << 16  # the lower 16 bits of a half in its place decide nothing
+        pair = torch.arange(pairs, device=rows.device, dtype=torch.int32)
+        add = (pair + 65537 * layer) * _signed(GAMMA)
+        turn = (pair & 3) * _signed(E1) ^ ((pair >> 2) + 8193 * layer) * _signed(E2)
+        x = (r.unsqueeze(1) + add).mul_(s.unsqueeze(1) ^ turn)
+        halves = torch.stack((x, x * 65537), 2).view(rows.numel(), 2 * pairs)[:, :width]
+        return halves >= self.threshold << 16  # what is below the upper halves decides nothing
 
 
 def _mix(x: Tensor) -> Tensor:
