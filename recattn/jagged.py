@@ -31,6 +31,8 @@ class Jagged:
     offsets: Tensor
 
     def __post_init__(self) -> None:
+        if not isinstance(self.values, Tensor):
+            raise TypeError(f"values: expected a tensor, got {type(self.values).__name__}")
         if self.values.dim() < 1:
             raise ValueError("values: expected at least one dimension [T, ...], got a scalar")
         check_offsets("offsets", self.offsets, self.values.device)
@@ -165,6 +167,8 @@ class Jagged:
                 it nothing is copied to the host: on an accelerator the result then has B·L rows, the last of
                 which are slack. On the CPU the rows are counted.
         """
+        if not isinstance(padded, Tensor):
+            raise TypeError(f"padded: expected a tensor, got {type(padded).__name__}")
         if padded.dim() < 2:
             raise ValueError(f"padded: expected [B, L, ...], got {tuple(padded.shape)}")
         rows, offsets = pack(valid_positions(padded, lengths, mask))
@@ -252,11 +256,14 @@ def valid_positions(padded: Tensor, lengths: Tensor | None, mask: Tensor | None)
     if lengths is not None:
         lengths = _integers("lengths", lengths, 1)
         _same_shape("lengths", lengths, (batch,))
+        _same_device("lengths", lengths, padded)
         return torch.arange(longest, device=padded.device) < lengths[:, None]
-    assert mask is not None
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"mask: expected a tensor, got {type(mask).__name__}")
     if mask.dtype.is_floating_point or mask.dtype.is_complex:
         raise TypeError(f"mask: expected bool or integers, got {mask.dtype}")
     _same_shape("mask", mask, (batch, longest))
+    _same_device("mask", mask, padded)
     return mask != 0
 
 
@@ -293,6 +300,8 @@ def unpack(values: Tensor, valid: Tensor) -> Tensor:
 
 def check_offsets(name: str, offsets: Tensor, device: torch.device) -> None:
     """Raises unless `offsets` is `[B + 1]`, int32 or int64, on `device`."""
+    if not isinstance(offsets, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(offsets).__name__}")
     if offsets.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"{name}: expected int32 or int64, got {offsets.dtype}")
     if offsets.dim() != 1 or offsets.numel() < 1:
@@ -302,11 +311,18 @@ def check_offsets(name: str, offsets: Tensor, device: torch.device) -> None:
 
 
 def _integers(name: str, tensor: Tensor, dim: int) -> Tensor:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name}: expected a tensor of integers, got {type(tensor).__name__}")
     if tensor.dtype.is_floating_point or tensor.dtype in (torch.bool, torch.complex64, torch.complex128):
         raise TypeError(f"{name}: expected integers, got {tensor.dtype}")
     if tensor.dim() != dim:
         raise ValueError(f"{name}: expected {dim} dimension(s), got {tuple(tensor.shape)}")
     return tensor
+
+
+def _same_device(name: str, tensor: Tensor, padded: Tensor) -> None:
+    if tensor.device != padded.device:
+        raise ValueError(f"{name}: expected device {padded.device}, as the batch, got {tensor.device}")
 
 
 def _same_shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:

@@ -68,9 +68,10 @@ def poisoned_memory() -> Iterator[None]:
         torch.use_deterministic_algorithms(False)
 
 
-# How many random calls tests/test_fuzz.py makes. `make verify` takes the second and a seed of its own.
+# How many random calls tests/test_fuzz.py makes. `make verify` takes the second, with a seed of its own.
 hypothesis.settings.register_profile("ci", max_examples=100)
 hypothesis.settings.register_profile("verify", max_examples=2500)
+hypothesis.settings.register_profile("long", max_examples=50_000)
 hypothesis.settings.load_profile("ci")
 
 
@@ -78,7 +79,7 @@ hypothesis.settings.load_profile("ci")
 def pytest_configure(config: pytest.Config) -> None:
     """Chooses hypothesis's seed here, so that it can be told; workers of xdist take it over."""
     if config.option.hypothesis_seed is None:
-        verify = config.option.hypothesis_profile == "verify"
+        verify = config.option.hypothesis_profile in ("verify", "long")
         config.option.hypothesis_seed = str(random.SystemRandom().randrange(2**32) if verify else 0)
 
 

@@ -156,7 +156,7 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"num_heads": 0}, ValueError, "num_heads: expected an integer of at least 1, got 0"),
     ({"offsets": torch.tensor([0.0, 5.0])}, TypeError, "offsets: expected int32 or int64, got torch.float32"),
     ({"offsets": torch.tensor([[0, 5]])}, ValueError, "offsets: expected [B + 1] with at least one element"),
-    ({"dropout": 1.0}, ValueError, "dropout: expected at least 0 and less than 1, got 1.0"),
+    ({"dropout": 1.0}, ValueError, "dropout: expected a probability below 1, got 1.0"),
     ({"bias_table": x(4)}, ValueError, "bias_table: expected shape [R, 2], got [4]"),
     ({"bias_table": x(0, 2)}, ValueError, "bias_table: expected at least one row, got [0, 2]"),
     ({"bias_table": x(4, 2, dtype=F64)}, TypeError, "bias_table: expected torch.float32"),

@@ -91,6 +91,8 @@ class Layout:
         sizes, counts = lengths.unique_consecutive(return_counts=True)
         chosen = starts.split(counts.tolist())
         self.groups = [Group(rows, n) for rows, n in zip(chosen, sizes.tolist(), strict=True) if n]
+        if self.groups and self.groups[0].length < 0:  # with which memory would be read that is not there
+            raise ValueError(f"offsets: expected non-decreasing values, got {offsets.tolist()}")
         self._rows: Tensor | None = None
         if bool((starts.diff() < 0).any()):  # else they lie so already
             shift = torch.repeat_interleave(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 
 import torch
 from torch import Tensor
@@ -40,6 +40,17 @@ class Batch:
     history_liked: Jagged | None = None
 
     def __post_init__(self) -> None:
+        for column in fields(self):
+            value, sequences = getattr(self, column.name), column.name.startswith("history")
+            wanted = Jagged if sequences else Tensor
+            if not isinstance(value, wanted) and (value is not None or column.default is MISSING):
+                raise TypeError(f"{column.name}: expected a {wanted.__name__}, got {type(value).__name__}")
+        for column in fields(self):
+            value = getattr(self, column.name)
+            if value is not None and value.device != self.history.device:
+                raise ValueError(
+                    f"{column.name}: expected device {self.history.device}, as the history, got {value.device}"
+                )
         for name in ("user", "item", "category", "label", "timestamp"):
             column = getattr(self, name)
             if column is not None and tuple(column.shape) != (self.history.batch_size,):

@@ -10,11 +10,11 @@ from recattn.backend import requested_backend
 from recattn.functional.activation_unit_checks import (
     activation_tensors,
     autocast_all,
-    check_dropout,
     check_histories,
     check_layers,
+    check_noise,
 )
-from recattn.functional.checks import check_choice, expect_tensor
+from recattn.functional.checks import check_choice, check_flags, check_number, expect_sequence, expect_tensor
 from recattn.ops import activation_unit as _op
 from recattn.ops.activation_unit import FEATURES, NORMALIZATIONS
 
@@ -92,10 +92,13 @@ def activation_unit(
 
     Source: Zhou et al., "Deep Interest Network for Click-Through Rate Prediction", KDD 2018.
     """
+    expect_sequence("weights", weights, "tensors")
     params, negative_slope = activation_tensors(activation, activation_params, len(weights) - 1)
     expect_tensor("keys", keys)
     query, keys, values, weights, biases = autocast_all(query, keys, values, weights, biases)
     check_choice("normalize", normalize, NORMALIZATIONS)
+    check_number("scale", scale)
+    check_flags(unique_rows=unique_rows, sparse_grad=sparse_grad, return_scores=return_scores)
     check_histories(query, keys, offsets, values, query_offsets, rows, sparse_grad)
     if return_scores and query_offsets is not None:
         raise ValueError("return_scores: expected False, since query_offsets are given")
@@ -104,7 +107,7 @@ def activation_unit(
             f"weights: expected at least one hidden layer and the last, got {len(weights)} tensor(s)"
         )
     check_layers(query, weights, biases, params, features, scores=True)
-    seed = check_dropout(dropout, seed, keys.device)
+    seed = check_noise(dropout, seed, keys.device)
     out, attention, *_ = _op.forward_op(
         query,
         keys,

@@ -9,7 +9,14 @@ import torch
 from torch import Tensor
 
 from recattn.functional import checks
-from recattn.functional.checks import autocast, check_choice, check_tensor, expect_tensor
+from recattn.functional.checks import (
+    autocast,
+    check_choice,
+    check_dropout,
+    check_tensor,
+    expect_sequence,
+    expect_tensor,
+)
 from recattn.jagged import Jagged, check_offsets
 from recattn.ops.activation_unit import ACTIVATIONS, FEATURES
 
@@ -71,6 +78,14 @@ def _validate(
             )
 
 
+def check_features(features: Sequence[str]) -> None:
+    names = () if isinstance(features, str) or not hasattr(features, "__len__") else features
+    if not names or len(set(names)) != len(names):
+        raise ValueError(f"features: expected distinct names out of {', '.join(FEATURES)}, got {features!r}")
+    for feature in features:
+        check_choice("features", feature, FEATURES)
+
+
 def check_layers(
     query: Tensor,
     weights: Sequence[Tensor],
@@ -80,10 +95,7 @@ def check_layers(
     scores: bool,
 ) -> None:
     """`scores` says whether the last layer has one unit, which is no hidden one."""
-    if isinstance(features, str) or not features or len(set(features)) != len(features):
-        raise ValueError(f"features: expected distinct names out of {', '.join(FEATURES)}, got {features!r}")
-    for feature in features:
-        check_choice("features", feature, FEATURES)
+    check_features(features)
     if len(biases) != len(weights):
         raise ValueError(f"biases: expected {len(weights)} tensors, one per weight, got {len(biases)}")
     width: int = len(features) * query.shape[1]
@@ -126,10 +138,9 @@ def activation_tensors(activation: str, params: Any, layers: int) -> tuple[list[
     return [], 0.0
 
 
-def check_dropout(dropout: float, seed: Tensor | None, device: torch.device) -> Tensor | None:
+def check_noise(dropout: float, seed: Tensor | None, device: torch.device) -> Tensor | None:
     """The seed, drawn if it is needed and was not given."""
-    if not isinstance(dropout, float | int) or not 0 <= dropout < 1:
-        raise ValueError(f"dropout: expected a probability below 1, got {dropout!r}")
+    check_dropout(dropout)
     if seed is None:
         return torch.empty(1, dtype=torch.int64, device=device).random_() if dropout else None
     expect_tensor("seed", seed)
@@ -145,5 +156,6 @@ def check_dropout(dropout: float, seed: Tensor | None, device: torch.device) -> 
 def autocast_all(
     query: Tensor, keys: Tensor, values: Tensor | None, weights: Sequence[Tensor], biases: Sequence[Tensor]
 ) -> tuple[Any, Any, Any, list[Any], list[Any]]:
+    expect_sequence("biases", biases, "tensors")
     query, keys, values, *layers = autocast(keys.device, query, keys, values, *weights, *biases)
     return query, keys, values, layers[: len(weights)], layers[len(weights) :]

@@ -11,11 +11,11 @@ from recattn.backend import requested_backend
 from recattn.functional.activation_unit_checks import (
     activation_tensors,
     autocast_all,
-    check_dropout,
     check_histories,
     check_layers,
+    check_noise,
 )
-from recattn.functional.checks import expect_tensor
+from recattn.functional.checks import check_flags, expect_sequence, expect_tensor
 from recattn.ops import activation_unit_statistics as _op
 from recattn.ops.activation_unit import FEATURES
 
@@ -66,14 +66,16 @@ def activation_unit_statistics(
 
     Source: Zhou et al., "Deep Interest Network for Click-Through Rate Prediction", KDD 2018, section 5.3.
     """
+    expect_sequence("weights", weights, "tensors")
     params, negative_slope = activation_tensors(activation, activation_params, len(weights) - 1)
     expect_tensor("keys", keys)
     query, keys, _, weights, biases = autocast_all(query, keys, None, weights, biases)
+    check_flags(unique_rows=unique_rows, sparse_grad=sparse_grad)
     check_histories(query, keys, offsets, None, query_offsets, rows, sparse_grad)
     if not weights:
         raise ValueError("weights: expected at least one hidden layer, got 0 tensors")
     check_layers(query, weights, biases, params, features, scores=False)
-    seed = check_dropout(dropout, seed, keys.device)
+    seed = check_noise(dropout, seed, keys.device)
     last_bias = biases[-1]  # moves the mean and nothing else: a large one would cost the variance its digits
     mean, variance, count = _op.forward_op(
         query,

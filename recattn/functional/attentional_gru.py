@@ -81,6 +81,7 @@ def attentional_gru(
     )
     check_choice("kind", kind, KINDS)
     check_choice("update", update, UPDATES)
+    checks.check_flags(reset_after=reset_after)
     check_tensor("inputs", inputs, ("T", "I"), like=inputs, of="inputs")
     if inputs.dtype not in checks.DTYPES:
         raise TypeError(f"inputs: expected one of {', '.join(map(str, checks.DTYPES))}, got {inputs.dtype}")

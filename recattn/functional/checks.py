@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -34,6 +35,35 @@ def autocast(device: torch.device, *tensors: Any) -> tuple[Any, ...]:
 def expect_tensor(name: str, tensor: Any) -> None:
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
+    if tensor.layout != torch.strided:
+        raise TypeError(f"{name}: expected a tensor of layout torch.strided, got {tensor.layout}")
+
+
+def expect_sequence(name: str, items: Any, what: str) -> None:
+    """Raises unless `items` is a list or the like."""
+    if isinstance(items, str | Tensor) or not hasattr(items, "__len__"):
+        raise TypeError(f"{name}: expected a sequence of {what}, got {type(items).__name__}")
+
+
+def check_number(name: str, value: Any) -> None:
+    """Raises unless `value` is a finite number that the host knows."""
+    if isinstance(value, bool) or not isinstance(value, float | int):
+        raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
+    if not -math.inf < value < math.inf:
+        raise ValueError(f"{name}: expected a finite number, got {value}")
+
+
+def check_dropout(dropout: Any) -> None:
+    """Raises unless `dropout` is a probability below 1."""
+    if isinstance(dropout, bool) or not isinstance(dropout, float | int) or not 0 <= dropout < 1:
+        raise ValueError(f"dropout: expected a probability below 1, got {dropout!r}")
+
+
+def check_flags(**flags: Any) -> None:
+    """Raises unless each is True or False."""
+    for name, value in flags.items():
+        if not isinstance(value, bool):
+            raise TypeError(f"{name}: expected a bool, got {type(value).__name__}")
 
 
 def check_tensor(

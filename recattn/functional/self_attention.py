@@ -68,6 +68,9 @@ def self_attention(
     expect_tensor("k", k)
     q, k, v, bias_table = autocast(k.device, q, k, v, bias_table)
     _check(q, k, v, offsets, num_heads, dropout)
+    checks.check_flags(causal=causal, hide_self=hide_self)
+    if scale is not None:
+        checks.check_number("scale", scale)
     positions = _check_bias(k, bias_table, bias_index, num_heads)
     if checks.VALIDATE:
         Jagged(k, offsets).validate()
@@ -104,8 +107,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, num_heads: int, dro
             raise ValueError(
                 f"{name}: expected a width that num_heads = {num_heads} divides, got {list(x.shape)}"
             )
-    if not 0 <= dropout < 1:
-        raise ValueError(f"dropout: expected at least 0 and less than 1, got {dropout}")
+    checks.check_dropout(dropout)
 
 
 def _check_bias(

@@ -7,7 +7,14 @@ from torch import Tensor
 
 from recattn.backend import requested_backend
 from recattn.functional import checks
-from recattn.functional.checks import autocast, check_choice, check_tensor, expect_tensor
+from recattn.functional.checks import (
+    autocast,
+    check_choice,
+    check_flags,
+    check_number,
+    check_tensor,
+    expect_tensor,
+)
 from recattn.jagged import Jagged, check_offsets
 from recattn.ops import target_attention as _op
 from recattn.ops.target_attention import NORMALIZATIONS
@@ -70,6 +77,9 @@ def target_attention(
         expect_tensor(name, tensor)
     query, keys, values = autocast(keys.device, query, keys, values)
     check_choice("normalize", normalize, NORMALIZATIONS)
+    check_flags(return_lse=return_lse)
+    if scale is not None:
+        check_number("scale", scale)
     if return_lse and normalize != "softmax":
         raise ValueError(f"return_lse: expected normalize='softmax', got {normalize!r}")
     tokens = _check_histories(keys, values, offsets, rows)

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from recattn import functional
+from recattn.functional.activation_unit_checks import check_features
+from recattn.functional.checks import check_dropout, check_number, expect_tensor
 from recattn.jagged import Jagged
 from recattn.nn.batch_norm import Dice, Moments, UnitNorm
 from recattn.nn.histories import Histories
@@ -66,8 +68,9 @@ class ActivationUnit(Twin):
             raise ValueError(f"dim, hidden: expected positive widths, got {dim} and {tuple(hidden)}")
         functional.check_choice("activation", activation, functional.ACTIVATIONS)
         functional.check_choice("normalize", normalize, functional.NORMALIZATIONS)
-        if not 0 <= dropout < 1:
-            raise ValueError(f"dropout: expected a probability below 1, got {dropout}")
+        check_features(features)
+        check_number("scale", scale)
+        check_dropout(dropout)
         if dice is not None and activation != "dice":
             raise ValueError(f"dice: expected None, since the activation is {activation}, got {dice}")
         sizes = [len(features) * dim, *hidden, 1]
@@ -124,6 +127,7 @@ class ActivationUnit(Twin):
             TypeError, ValueError: as `recattn.functional.activation_unit`, and if lengths or a mask come with
                 keys that are not padded, or neither with keys that are.
         """
+        expect_tensor("query", query)
         history = Histories.of(keys, values, lengths, mask, table)
         queries = history.offsets.numel() - 1 if query_offsets is None else "N"
         if query.dim() != 2 or query.shape[1] != self.dim or queries not in ("N", query.shape[0]):

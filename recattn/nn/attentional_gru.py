@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from recattn import functional
 from recattn.jagged import Jagged, valid_positions
-from recattn.nn.histories import Histories
+from recattn.nn.histories import Histories, expect_sequences
 from recattn.nn.twin import Twin
 from recattn.reference import attentional_gru_padded
 
@@ -134,6 +134,7 @@ def _packed(
     items: Jagged | Tensor, scores: Jagged | Tensor | None, lengths: Tensor | None, mask: Tensor | None
 ) -> tuple[Jagged, Tensor | None]:
     """The histories and their attention, `[T]`, end to end."""
+    expect_sequences("items", items)
     if scores is not None and type(scores) is not type(items):
         raise TypeError(f"scores: expected {type(items).__name__}, as the items, got {type(scores).__name__}")
     if isinstance(items, Jagged) or items.is_nested:
@@ -142,6 +143,10 @@ def _packed(
             return history, None
         attention = scores if isinstance(scores, Jagged) else Jagged.from_nested(scores)
         return history, attention.values
+    if items.dim() != 3:
+        raise ValueError(f"items: expected [B, L, I], got {list(items.shape)}")
+    if isinstance(scores, Tensor) and scores.shape != items.shape[:2]:
+        raise ValueError(f"scores: expected {list(items.shape[:2])}, as the items, got {list(scores.shape)}")
     column = scores.unsqueeze(-1) if isinstance(scores, Tensor) else None
     history, values = Histories.of(items, column, lengths, mask, None).packed()
     if history.values.device.type == "cpu":  # where counting rows waits for nothing

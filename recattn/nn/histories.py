@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,6 +40,9 @@ class Histories:
         table: Tensor | None,
     ) -> Histories:
         """Of keys `[..., D]`, or of ids `[...]` of the rows of a table."""
+        expect_sequences("keys", keys)
+        if values is not None:
+            expect_sequences("values", values)
         padded = isinstance(keys, Tensor) and not keys.is_nested
         if not padded and (lengths is not None or mask is not None):
             raise ValueError("lengths, mask: expected None, since keys are not padded")
@@ -51,10 +55,7 @@ class Histories:
             if keys.dim() != 3:
                 raise ValueError(f"keys: expected [B, L, D], got {list(keys.shape)}")
             valid = valid_positions(keys, lengths, mask)
-            if values is not None and (not isinstance(values, Tensor) or values.shape[:2] != keys.shape[:2]):
-                raise ValueError(
-                    f"values: expected [{keys.shape[0]}, {keys.shape[1]}, Dv], as the keys, got {values}"
-                )
+            values = padded_values(keys, values)
             rows, offsets = pack(valid)
             return cls(keys.flatten(0, 1), _flat(values), offsets, rows, True, valid)
         history = as_jagged(keys)
@@ -75,6 +76,22 @@ class Histories:
             return unpack(attention, self.valid)
         history = Jagged(attention, self.offsets)
         return history if isinstance(keys, Jagged) else history.to_nested()
+
+
+def expect_sequences(name: str, x: Any) -> None:
+    if not isinstance(x, Jagged | Tensor):
+        raise TypeError(f"{name}: expected a Jagged or a tensor, got {type(x).__name__}")
+
+
+def padded_values(keys: Tensor, values: Jagged | Tensor | None) -> Tensor | None:
+    """The values, which have to be padded as the keys are."""
+    if values is None:
+        return None
+    padded = isinstance(values, Tensor) and not values.is_nested
+    if isinstance(values, Tensor) and padded and values.dim() == 3 and values.shape[:2] == keys.shape[:2]:
+        return values
+    got = list(values.shape) if isinstance(values, Tensor) and padded else type(values).__name__
+    raise ValueError(f"values: expected [{keys.shape[0]}, {keys.shape[1]}, Dv], as the keys, got {got}")
 
 
 def as_jagged(x: Jagged | Tensor, lengths: Tensor | None = None, mask: Tensor | None = None) -> Jagged:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from recattn import functional
 from recattn.jagged import Jagged, pack, valid_positions
+from recattn.nn.histories import expect_sequences
 from recattn.nn.twin import Twin
 from recattn.reference import self_attention_padded
 
@@ -54,8 +55,9 @@ class SelfAttention(Twin):
         super().__init__()
         if num_heads < 1 or dim < 1 or dim % num_heads:
             raise ValueError(f"dim, num_heads: expected a positive multiple, got {dim} and {num_heads}")
-        if not 0 <= dropout < 1:
-            raise ValueError(f"dropout: expected at least 0 and less than 1, got {dropout}")
+        functional.checks.check_dropout(dropout)
+        if buckets < 0:
+            raise ValueError(f"buckets: expected at least 0, got {buckets}")
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.projection = nn.Linear(dim, 3 * dim, bias=bias, **factory)
         self.output = nn.Linear(dim, dim, bias=bias, **factory)
@@ -86,6 +88,7 @@ class SelfAttention(Twin):
             TypeError, ValueError: as `recattn.functional.self_attention`, and if lengths or a mask come with a
                 `Jagged`, or neither with a padded batch.
         """
+        expect_sequences("x", x)
         if isinstance(x, Jagged):
             if lengths is not None or mask is not None:
                 raise ValueError("lengths, mask: expected None, since x is not padded")
@@ -108,6 +111,11 @@ class SelfAttention(Twin):
             raise ValueError(f"{name}: expected [{', '.join(leading)}, {self.dim}], got {list(x.shape)}")
 
     def _attend(self, x: Tensor, offsets: Tensor, bias_index: str | Tensor) -> Tensor:
+        weight = self.projection.weight
+        if x.device != weight.device:
+            raise ValueError(f"x: expected device {weight.device}, as the parameters, got {x.device}")
+        if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+            raise TypeError(f"x: expected {weight.dtype}, as the parameters, got {x.dtype}")
         # Projections read slack too, and a gradient of zero times NaN would be NaN in theirs.
         slack = torch.arange(x.shape[0], device=x.device) >= offsets[-1]
         x = x.masked_fill(slack.unsqueeze(1), 0)

@@ -12,7 +12,7 @@ from recattn import functional
 from recattn.functional.target_attention import NORMALIZATIONS
 from recattn.jagged import Jagged
 from recattn.nn.activation_unit import ActivationUnit
-from recattn.nn.histories import as_jagged
+from recattn.nn.histories import as_jagged, expect_sequences, padded_values
 from recattn.nn.twin import Twin
 from recattn.reference import target_attention_padded
 
@@ -111,11 +111,17 @@ class TargetAttention(Twin):
                 query, keys, lengths=lengths, mask=mask, values=values, query_offsets=query_offsets
             )
             return pooled
+        functional.checks.expect_tensor("query", query)
+        expect_sequences("keys", keys)
+        if values is not None:
+            expect_sequences("values", values)
         padded = isinstance(keys, Tensor) and not keys.is_nested
         if not padded and (lengths is not None or mask is not None):
             raise ValueError("lengths, mask: expected None, since keys are not padded")
         if padded and keys.dim() != 3:  # type: ignore[union-attr]
             raise ValueError(f"keys: expected [B, L, D], got {list(keys.shape)}")  # type: ignore[union-attr]
+        if isinstance(keys, Tensor) and padded:
+            padded_values(keys, values)
         history = as_jagged(keys, lengths, mask)
         pooled_rows = history if values is None else as_jagged(values, lengths, mask)
         if self.projection is not None:  # qᵀ W k is the product of k with Wᵀ q
