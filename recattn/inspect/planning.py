@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
+import triton
 
 import recattn
 from recattn.inspect.calls import Call
@@ -57,7 +58,7 @@ def plan(calls: Sequence[Call], dtypes: Sequence[str], chips: Sequence[Chip]) ->
     Raises:
         RuntimeError: in a process that runs kernels in Triton's interpreter.
     """
-    if settings.triton.knobs.runtime.interpret:
+    if triton.knobs.runtime.interpret:
         raise RuntimeError("TRITON_INTERPRET is set: expected kernels that can be compiled; unset it")
     jobs: dict[Any, Job] = {}
     uncovered: dict[str, None] = {}

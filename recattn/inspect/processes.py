@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import re
+import shutil
 import signal
 import tempfile
 from collections import deque
@@ -56,7 +58,7 @@ def _serve(task: Callable[[], Any], there: Connection, place: Path) -> None:
     try:
         result = task()
     except Exception as error:
-        result = Failure(_first_cause(error))
+        result = Failure(f"{_first_cause(error)} {_complaint(place)}".strip())
     there.send(result)
 
 
@@ -66,6 +68,12 @@ def _first_cause(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[-300:]}"
 
 
+def _complaint(place: Path) -> str:
+    """The first line that looks like one, of what a compiler wrote."""
+    said = (place / "log").read_text(errors="replace").splitlines()
+    return next((line.strip()[:300] for line in said if re.search(r"error|assert", line, re.IGNORECASE)), "")
+
+
 def _result(end: Connection, process: Any, place: Path) -> Any:
     try:
         return end.recv()
@@ -73,9 +81,8 @@ def _result(end: Connection, process: Any, place: Path) -> Any:
         process.join()
         number = -process.exitcode
         died = signal.Signals(number).name if number > 0 else f"with status {process.exitcode}"
-        said = (place / "log").read_text(errors="replace").split("\n")
-        last = next((line for line in said if "rror" in line or "ssert" in line), "")
-        return Failure(f"the compiler died: {died} {last.strip()[:300]}".strip())
+        return Failure(f"the compiler died: {died} {_complaint(place)}".strip())
     finally:
         end.close()
         process.join()
+        shutil.rmtree(place)
