@@ -75,7 +75,17 @@ def test_dropout_in_eval() -> None:
 @pytest.mark.parametrize("dtype", TOLERANCES)
 def test_simple_attention(dtype: torch.dtype, max_seq_length: int) -> None:
     layer = SimpleAttention(WIDTH, WIDTH, "click", max_seq_length=max_seq_length)
-    assert_fused_equals_own(layer, call, batch(), dtype)
+    assert_fused_equals_own(layer, call, batch(), dtype, backend="torch")
+
+
+def test_simple_attention_on_a_cpu_is_the_library_s_unless_asked_otherwise() -> None:
+    layer = SimpleAttention(WIDTH, WIDTH, "click")
+    remark = "on a CPU by the library's own code, which is faster there"
+    assert_fused_equals_own(layer, call, batch(), remark=remark)
+    (row,) = recattn.fuse(layer, semantics="valid")
+    assert row.reason == "an empty history gives 0, not the mean of its padding"
+    out = call(layer, *batch())
+    assert (out[LENGTHS == 0] == 0).all()
 
 
 def test_what_is_left() -> None:

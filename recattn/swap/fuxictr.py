@@ -11,8 +11,11 @@ from fuxictr.pytorch.layers.attentions.dot_product_attention import ScaledDotPro
 from fuxictr.pytorch.layers.attentions.target_attention import DIN_Attention, MultiHeadTargetAttention
 from fuxictr.pytorch.layers.blocks.mlp_block import MLP_Block
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from recattn import functional
+from recattn.backend import requested_backend
+from recattn.jagged import offsets_of
 from recattn.swap.coverage import Options, Swap, Uncovered, expect, expect_own, instead_of
 from recattn.swap.histories import IN_WORDS, MEAN, ZERO, Padded, attend, remarks
 from recattn.swap.scorers import Gate, Scorer
@@ -46,7 +49,7 @@ class FusedDINAttention(DIN_Attention):
 
 
 class FusedMultiHeadTargetAttention(MultiHeadTargetAttention):
-    r"""`MultiHeadTargetAttention` without projections of the history.
+    r"""`MultiHeadTargetAttention` over the items that count; on an accelerator without projections of the history.
 
     .. math:: (W_q q) \cdot (W_k k_t) = (W_k^T W_q q) \cdot k_t,\qquad \sum_t a_t W_v k_t = W_v \sum_t a_t k_t
 
@@ -64,31 +67,57 @@ class FusedMultiHeadTargetAttention(MultiHeadTargetAttention):
         if self.training and self.dot_attention.dropout is not None:
             raise Uncovered("dropout of the attention is not built")
         _check_shapes(target_item, history_sequence)
-        batch, _, width = history_sequence.shape
-        heads, size = self.num_heads, self.head_dim
         history = Padded(history_sequence, valid_of(mask, history_sequence))
-        layout = history.layout()
-        common = {"offsets": layout["offsets"], "rows": layout.get("rows"), "scale": 1 / (self.scale or 1)}
         if not self.use_qkvo:
+            layout = history.layout()
             pooled = functional.target_attention(
-                target_item, layout["keys"], layout["keys"], num_heads=heads, **common
+                target_item, values=layout["keys"], num_heads=self.num_heads, scale=_scale(self), **layout
             )
             assert isinstance(pooled, Tensor)
             return self._pooled(history, pooled)
-        query = self.W_q(target_item).reshape(batch, heads, size)
+        if target_item.is_cpu and requested_backend() != "triton":
+            return self.W_o(self._of_projected_items(target_item, history))
+        return self.W_o(self._of_shared_items(target_item, history))
+
+    def _of_projected_items(self, target: Tensor, history: Padded) -> Tensor:
+        """Projects the items that count, which on a CPU takes less than candidates do."""
+        batch, longest = history.keys.shape[:2]
+        keys, offsets = history.keys.flatten(0, 1), torch.arange(batch + 1) * longest
+        if history.valid is not None:
+            keys = keys.index_select(0, history.valid.flatten().nonzero().squeeze(1))
+            offsets = offsets_of(history.valid.sum(1))
+        pooled = functional.target_attention(
+            self.W_q(target),
+            F.linear(keys, self.W_k.weight),
+            F.linear(keys, self.W_v.weight),
+            offsets,
+            num_heads=self.num_heads,
+            scale=_scale(self),
+        )
+        assert isinstance(pooled, Tensor)
+        empty = MEAN if Options.of(self).exact else ZERO
+        means = history.pooled(history.keys.new_zeros(batch, history.keys.shape[2]), empty)
+        return pooled + F.linear(means, self.W_v.weight) if history.any_empty(empty) else pooled
+
+    def _of_shared_items(self, target: Tensor, history: Padded) -> Tensor:
+        """Each head a candidate that shares the history as it is."""
+        batch, _, width = history.keys.shape
+        heads, size = self.num_heads, self.head_dim
+        query = self.W_q(target).reshape(batch, heads, size)
         shared = torch.einsum("bhd,hdi->bhi", query, self.W_k.weight.view(heads, size, width))
+        layout = history.layout()
         pooled = functional.target_attention(
             shared.reshape(batch * heads, width),
-            layout["keys"],
-            layout["keys"],
-            query_offsets=torch.arange(batch + 1, device=query.device) * heads,
-            **common,
+            values=layout["keys"],
+            query_offsets=torch.arange(batch + 1, device=target.device) * heads,
+            scale=_scale(self),
+            **layout,
         )
         assert isinstance(pooled, Tensor)
         pooled = self._pooled(history, pooled.reshape(batch, heads * width))
         value = self.W_v.weight.view(heads, size, width)
         out = torch.einsum("bhi,hdi->bhd", pooled.reshape(batch, heads, width), value)
-        return self.W_o(out.reshape(batch, heads * size))
+        return out.reshape(batch, heads * size)
 
     def _pooled(self, history: Padded, pooled: Tensor) -> Tensor:
         """`[B, heads·D]`, each head of an empty history the mean of its positions."""
@@ -96,6 +125,10 @@ class FusedMultiHeadTargetAttention(MultiHeadTargetAttention):
         times = pooled.shape[1] // history.keys.shape[2]
         wide = history if times == 1 else Padded(history.keys.repeat(1, 1, times), history.valid)
         return wide.pooled(pooled, empty)
+
+
+def _scale(layer: MultiHeadTargetAttention) -> float:
+    return 1 / float(layer.scale or 1)
 
 
 def valid_of(mask: Tensor | None, history: Tensor) -> Tensor | None:

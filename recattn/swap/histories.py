@@ -55,6 +55,10 @@ class Padded(NamedTuple):
             return result
         return result.masked_fill(none, 1 / longest if empty == MEAN else torch.nan)
 
+    def any_empty(self, empty: str) -> bool:
+        """Whether a history may be empty, and that matters."""
+        return self._empty(empty) is not None
+
     def _empty(self, value: str) -> Tensor | None:
         """`[B, 1]`, which are, if it matters."""
         if value == ZERO or self.valid is None or self.keys.shape[1] == 0:

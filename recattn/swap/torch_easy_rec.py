@@ -13,12 +13,15 @@ from tzrec.modules.sequence import DINEncoder, SimpleAttention
 from tzrec.modules.utils import Transpose
 
 from recattn import functional
+from recattn.backend import requested_backend
 from recattn.swap.coverage import Options, Swap, Uncovered, expect, expect_own, instead_of
 from recattn.swap.histories import IN_WORDS, MEAN, ZERO, Padded, attend, by_length, remarks
 from recattn.swap.scorers import Gate, Scorer
 
 __all__ = ["SWAPS", "FusedDINEncoder", "FusedSimpleAttention"]
 
+# Dot products of a padded batch take less time than reading a jagged one.
+ON_THE_CPU = "on a CPU by the library's own code, which is faster there"
 POOLING: dict[str, Any] = {"normalize": "softmax", "empty": MEAN}
 
 
@@ -46,6 +49,8 @@ class FusedSimpleAttention(SimpleAttention):
         """As of `DINEncoder`, with a query as wide as the sequence."""
         expect_own("forward", self)
         query, history = _inputs(self, sequence_embedded)
+        if query.is_cpu and requested_backend() == "auto" and Options.of(self).exact:
+            raise Uncovered(ON_THE_CPU)
         if query.shape[1] != history.keys.shape[2]:
             raise Uncovered(f"query: {tuple(query.shape)}")
         layout = history.layout()
@@ -101,7 +106,9 @@ def _check_din(layer: Any, options: Options) -> Sequence[str]:
 
 def _check_simple(layer: Any, options: Options) -> Sequence[str]:
     expect_own("forward", layer)
-    return [] if options.exact else [f"an empty history gives 0, not {IN_WORDS[MEAN]}"]
+    if not options.exact:
+        return [f"an empty history gives 0, not {IN_WORDS[MEAN]}"]
+    return [ON_THE_CPU] if options.backend == "auto" else []
 
 
 SWAPS = (
