@@ -11,6 +11,8 @@ from recattn import functional
 from recattn.nn.twin import Twin
 from recattn.reference import pairwise_pool_gathered
 
+EXAMPLE_FIELDS = 8  # kernels are the same for any number
+
 
 class PairwisePool(Twin):
     r"""Pools the products of all pairs of fields by attention, as AFM does.
@@ -66,6 +68,9 @@ class PairwisePool(Twin):
             dropout=self.dropout if self.training else 0.0,
             return_weights=return_weights,
         )
+
+    def example(self, like: Tensor, offsets: Tensor) -> tuple[Any, ...]:
+        return (like.new_zeros(offsets.numel() - 1, EXAMPLE_FIELDS, self.dim),)
 
     def extra_repr(self) -> str:
         return f"dim={self.dim}, dropout={self.dropout}"
