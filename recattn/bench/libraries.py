@@ -95,10 +95,9 @@ def _deepctr_torch(name: str, sizes: Sizes) -> Example:
         "hist_item": batch.history,
         "length": batch.lengths,
     }
-    if name == "DIN":
-        model = import_peer("deepctr_torch.models.din").DIN(
-            [*sparse, history], ["item"], att_hidden_size=(80, 40), att_activation="sigmoid"
-        )
+    if name in ("DIN", "DIN-Dice"):  # the latter by the library's defaults
+        options = {"att_hidden_size": (80, 40), "att_activation": "sigmoid"} if name == "DIN" else {}
+        model = import_peer("deepctr_torch.models.din").DIN([*sparse, history], ["item"], **options)
     elif name == "DIEN":
         model = import_peer("deepctr_torch.models.dien").DIEN([*sparse, history], ["item"], gru_type="AUGRU")
     else:
@@ -260,7 +259,7 @@ def _torch_easy_rec(name: str, sizes: Sizes) -> Example:
 
 # By library its models, and what builds them.
 LIBRARIES: dict[str, tuple[tuple[str, ...], Callable[[str, Sizes], Example]]] = {
-    "deepctr-torch": (("DIN", "DIEN", "AFM"), _deepctr_torch),
+    "deepctr-torch": (("DIN", "DIN-Dice", "DIEN", "AFM"), _deepctr_torch),
     "fuxictr": (("DIN", "DIEN"), _fuxictr),
     "recbole": (("DIN", "DIEN"), _recbole),
     "torch-rechub": (("DIN", "DIEN"), _torch_rechub),

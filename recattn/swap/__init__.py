@@ -25,7 +25,7 @@ Model = TypeVar("Model", bound=nn.Module)
 
 SEMANTICS = ("exact", "valid")
 # Our module for a peer library, by the module of the peer that defines its layers. Ours is imported only once
-# the peer's is, so that no peer is ever imported from here.
+# the peer's is, so that no peer is ever imported from here: hence one for each that can be loaded alone.
 PEERS = {
     "deepctr_torch.layers.sequence": "recattn.swap.deepctr_torch",
     "deepctr_torch.models.dien": "recattn.swap.deepctr_torch_dien",
