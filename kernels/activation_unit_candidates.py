@@ -13,10 +13,10 @@ import triton.language as tl
 from torch import Tensor
 
 from . import settings
-from .arguments import Histories, Network, Spec, get, width
+from .arguments import Histories, Network, Spec, get
 from .dropout import noise_of
 from .histories import load_tile, part_at, share_of
-from .mlp import load_units
+from .mlp_backward import with_fresh_vectors
 from .pooling import weigh
 from .primitives import columns, dot, exp2, load_vector, slab_count, vector_max, vector_sum, zero_rows
 from .schedule import find_sequence, merge, slot_of
@@ -97,13 +97,12 @@ def candidates_kernel(
     BLOCK: tl.constexpr = get(SPEC, "block")
     SOFTMAX: tl.constexpr = get(SPEC, "softmax")
     APPROX: tl.constexpr = get(SPEC, "approx")
-    H1: tl.constexpr = width(0, SPEC)
     program = tl.program_id(0)
     begin, end = share_of(program, groups, batch, SPEC)
     if begin >= end:
         return
     group = find_sequence(groups.offsets, batch, begin)
-    layers, params, last = load_layers(net, SPEC)
+    layers, _params, last = load_layers(net, SPEC)
     token = tl.arange(0, BLOCK)
     while begin < end:
         group, first_row, last_row, stop = part_at(groups, batch, group, begin, end)
@@ -134,9 +133,9 @@ def candidates_kernel(
                 # Rows of dropout count along all queries.
                 row = tl.load(data.offsets + owners[c]) + (position - tl.load(data.starts + owners[c]))
                 noise = noise_of(net, row + token, SPEC)
-                # Read in every tile: kept, the biases of all candidates would fill the registers.
-                bias = load_units(net.first_bias + owners[c] * H1 + (rest >> 31) * 16, 0, SPEC)
-                s = score_tokens(k, (firsts[c], bias), layers, params, last, SPEC, noise)  # [BLOCK]
+                # Read in every tile: kept, they would fill the registers.
+                again = with_fresh_vectors(net, owners[c], (firsts[c], ()), layers, last, rest, SPEC)
+                s = score_tokens(k, again[0], again[1], again[3], again[2], SPEC, noise)  # [BLOCK]
                 if SOFTMAX:
                     s = tl.where(valid, s, float("-inf"))
                     top = vector_max(s)

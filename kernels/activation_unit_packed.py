@@ -47,13 +47,13 @@ def packed_forward_kernel(
         return
     sequence = find_sequence(data.offsets, batch, begin)
     layers, _params, last = load_layers(net, SPEC)
-    key, product = load_resident(net.key, SPEC), load_resident(net.product, SPEC)
+    key, product = load_resident(net.key, True, SPEC), load_resident(net.product, True, SPEC)
     token = tl.arange(0, BLOCK)
     ones = tl.full([BLOCK, 8], 1.0, tl.float32).to(DTYPE)
     most = 1 * GROUP
     while begin < end:
         sequence, count, stop = group_at(data, batch, sequence, begin, end, most)
-        weight, bias = first_layer(net, key, product, sequence, count, SPEC)
+        weight, bias = first_layer(net, key, product, sequence, count, True, SPEC)
         peak = tl.full([], float("-inf"), tl.float32)
         mass = tl.zeros([GROUP, 8], tl.float32)
         acc = zero_rows(GROUP, DV, SLAB)

@@ -159,7 +159,7 @@ def packed_tokens_kernel(
     sequence = find_sequence(data.offsets, batch, begin)
     layers, _params, last = load_network(net, SPEC)
     back = load_back(upstream.back, 0, SPEC)
-    key, product = load_resident(net.key, SPEC), load_resident(net.product, SPEC)
+    key, product = load_resident(net.key, False, SPEC), load_resident(net.product, False, SPEC)
     token = tl.arange(0, BLOCK)
     param_sums = zero_param_sums(SPEC)
     last_sum = zero_octets(
@@ -168,9 +168,9 @@ def packed_tokens_kernel(
     last_bias_sum = tl.zeros([BLOCK], tl.float32)
     while begin < end:
         sequence, count, stop = group_at(data, batch, sequence, begin, end, GROUP)
-        first = first_layer(net, key, product, sequence, count, SPEC)
+        first = first_layer(net, key, product, sequence, count, False, SPEC)
         grad_out = load_members(upstream.grad_out + sequence.to(tl.int64) * DV, count, DV, SLAB)
-        grad_out = all_resident(grad_out, APPROX)
+        grad_out = all_resident(grad_out, False, SPEC)
         # Sums per member, turned: of a product with few rows each warp would compute them all.
         grad_q = zero_matrix(D, SLAB, GROUP, GROUP)
         grad_c = zero_matrix(H1, H1_SLAB, GROUP, GROUP)

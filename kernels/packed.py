@@ -108,11 +108,12 @@ def multiply_slab(a, b, APPROX: tl.constexpr):
 
 
 @triton.jit
-def resident(x, APPROX: tl.constexpr):
+def resident(x, PURE: tl.constexpr, SPEC: tl.constexpr):
     """x, but as a value that a compiler does not make again for each product that reads it, nor keep in registers as
-    an operand of that product: it goes to shared memory, once."""
-    if APPROX and x.dtype.primitive_bitwidth == 16:
-        return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], dtype=x.dtype, is_pure=False, pack=2)
+    an operand of that product: it goes to shared memory, once. Where products read it in two layouts a PURE one goes
+    there twice; one that is not Triton 3.9 keeps in registers, where they read it in one."""
+    if get(SPEC, "approx") and x.dtype.primitive_bitwidth == 16:
+        return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], dtype=x.dtype, is_pure=PURE, pack=2)
     else:
         return x
 
@@ -129,25 +130,25 @@ def load_biases(net, sequence, members, j: tl.constexpr, SPEC: tl.constexpr):
 
 
 @triton.jit
-def load_resident(pointer, SPEC: tl.constexpr):
+def load_resident(pointer, PURE: tl.constexpr, SPEC: tl.constexpr):
     """A matrix `[H1, D]` of the first layer, which all sequences share, as slabs."""
     D: tl.constexpr = get(SPEC, "dim")
     slabs = load_matrix(
         pointer, width(0, SPEC), widest(0, SPEC), narrowest(0, SPEC), D, get(SPEC, "dim_slab")
     )
-    return all_resident(slabs, get(SPEC, "approx"))
+    return all_resident(slabs, PURE, SPEC)
 
 
 @triton.jit
-def all_resident(slabs, APPROX: tl.constexpr):
+def all_resident(slabs, PURE: tl.constexpr, SPEC: tl.constexpr):
     out = ()
     for i in tl.static_range(len(slabs)):
-        out = out + (resident(slabs[i], APPROX),)
+        out = out + (resident(slabs[i], PURE, SPEC),)
     return out
 
 
 @triton.jit
-def first_layer(net, key, product, sequence, members, SPEC: tl.constexpr):
+def first_layer(net, key, product, sequence, members, PURE: tl.constexpr, SPEC: tl.constexpr):
     """The first layer of a group, `(weight, bias)`; its bias is zero."""
     COUNT: tl.constexpr = slab_count(get(SPEC, "dim"), get(SPEC, "dim_slab"))
     weight = ()
@@ -158,7 +159,7 @@ def first_layer(net, key, product, sequence, members, SPEC: tl.constexpr):
         for i in tl.static_range(COUNT):
             weight = weight + (product[j * COUNT + i],)
         c = load_biases(net, sequence, members, j, SPEC)
-        weight = weight + (resident(c.to(net.key.dtype.element_ty), get(SPEC, "approx")),)
+        weight = weight + (resident(c.to(net.key.dtype.element_ty), PURE, SPEC),)
         bias = bias + (tl.zeros([c.shape[0]], tl.float32),)
     return weight, bias
 
