@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from itertools import chain
 from typing import Any
@@ -15,7 +15,7 @@ from recattn.composite.segments import Segments
 from recattn.ops.candidates import Candidates
 from recattn.ops.dropout import Dropout
 from recattn.ops.fold import FEATURES, fold, unfold
-from recattn.ops.library import LIBRARY, choose, surroundings
+from recattn.ops.library import LIBRARY, choose, differentiable_once, implement
 from recattn.ops.rows import table_gradient
 
 __all__ = ["ACTIVATIONS", "FEATURES", "NORMALIZATIONS", "backward_op", "forward_op"]
@@ -173,17 +173,8 @@ def in_dtypes(gradients: Sequence[Tensor], call: Sequence[Any]) -> list[Tensor]:
     return [gradient.to(tensor.dtype) for gradient, tensor in zip(gradients, tensors, strict=True)]
 
 
-def implementation_of(run: Callable[..., Any], device_type: str) -> Callable[..., Any]:
-    def implementation(*arguments: Any) -> Any:
-        with surroundings(device_type, arguments):
-            return run(*arguments, on_gpu=device_type == "cuda")
-
-    return implementation
-
-
-for _key in ("CPU", "CUDA"):
-    LIBRARY.impl("activation_unit", implementation_of(_forward, _key.lower()), _key)
-    LIBRARY.impl("activation_unit_backward", implementation_of(_backward, _key.lower()), _key)
+implement("activation_unit", _forward)
+implement("activation_unit_backward", _backward)
 
 
 @torch.library.register_fake("recattn::activation_unit", lib=LIBRARY)
@@ -282,11 +273,5 @@ def _with_autograd(*arguments: Any) -> tuple[Tensor, ...]:
     return _Autograd.apply(len(weights), arguments[10:], *data, *weights, *biases, *(params or ()))
 
 
-def no_second_derivative(*_: Any) -> Any:
-    raise NotImplementedError(
-        "activation_unit: a second derivative was asked for, and only the first is built"
-    )
-
-
 LIBRARY.impl("activation_unit", _with_autograd, "Autograd")
-torch.library.register_autograd("recattn::activation_unit_backward", no_second_derivative, lib=LIBRARY)
+differentiable_once("activation_unit")

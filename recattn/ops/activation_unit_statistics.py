@@ -17,14 +17,12 @@ from recattn.composite.network import Unit
 from recattn.ops.activation_unit import (
     fake_gradients,
     grouped,
-    implementation_of,
     in_dtypes,
-    no_second_derivative,
     of_table,
     unfolded,
     unit_of,
 )
-from recattn.ops.library import LIBRARY, choose
+from recattn.ops.library import LIBRARY, choose, differentiable_once, implement
 
 __all__ = ["backward_op", "forward_op"]
 
@@ -102,9 +100,8 @@ def _centred(unit: Unit, mean: Tensor) -> Unit:
     return unit._replace(first=unit.first._replace(bias=unit.first.bias - mean))
 
 
-for _key in ("CPU", "CUDA"):
-    LIBRARY.impl("activation_unit_statistics", implementation_of(_forward, _key.lower()), _key)
-    LIBRARY.impl("activation_unit_statistics_backward", implementation_of(_backward, _key.lower()), _key)
+implement("activation_unit_statistics", _forward)
+implement("activation_unit_statistics_backward", _backward)
 
 
 @torch.library.register_fake("recattn::activation_unit_statistics", lib=LIBRARY)
@@ -151,6 +148,4 @@ def _with_autograd(*arguments: Any) -> tuple[Tensor, ...]:
 
 
 LIBRARY.impl("activation_unit_statistics", _with_autograd, "Autograd")
-torch.library.register_autograd(
-    "recattn::activation_unit_statistics_backward", no_second_derivative, lib=LIBRARY
-)
+differentiable_once("activation_unit_statistics")

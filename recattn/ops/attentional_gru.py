@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor
 
 from recattn.composite import attentional_gru as composite
-from recattn.ops.library import LIBRARY, choose, surroundings
+from recattn.ops.library import LIBRARY, choose, differentiable_once, implement
 
 __all__ = ["KINDS", "UPDATES", "backward_op", "forward_op"]
 
@@ -71,17 +70,8 @@ def _backward(
     return [gradient.to(states.dtype) for gradient in gradients if gradient is not None]
 
 
-def _implementation(run: Callable[..., Any], device_type: str) -> Callable[..., Any]:
-    def implementation(*arguments: Any) -> Any:
-        with surroundings(device_type, arguments):
-            return run(*arguments, on_gpu=device_type == "cuda")
-
-    return implementation
-
-
-for _key in ("CPU", "CUDA"):
-    LIBRARY.impl("attentional_gru", _implementation(_forward, _key.lower()), _key)
-    LIBRARY.impl("attentional_gru_backward", _implementation(_backward, _key.lower()), _key)
+implement("attentional_gru", _forward)
+implement("attentional_gru_backward", _backward)
 
 
 @torch.library.register_fake("recattn::attentional_gru", lib=LIBRARY)
@@ -119,11 +109,5 @@ def _with_autograd(*arguments: Any) -> tuple[Tensor, Tensor]:
     return _Autograd.apply(*arguments)
 
 
-def _no_second_derivative(*_: Any) -> Any:
-    raise NotImplementedError(
-        "attentional_gru: a second derivative was asked for, and only the first is built"
-    )
-
-
 LIBRARY.impl("attentional_gru", _with_autograd, "Autograd")
-torch.library.register_autograd("recattn::attentional_gru_backward", _no_second_derivative, lib=LIBRARY)
+differentiable_once("attentional_gru")

@@ -87,6 +87,29 @@ def _kernels(operator: str) -> Any:
     return import_module(f"recattn.kernels.{operator}")
 
 
+def implement(name: str, run: Callable[..., Any]) -> None:
+    """Binds `run(*arguments, on_gpu)` to an operator on CPUs and on GPUs."""
+
+    def on(device_type: str) -> Callable[..., Any]:
+        def implementation(*arguments: Any) -> Any:
+            with surroundings(device_type, arguments):
+                return run(*arguments, on_gpu=device_type == "cuda")
+
+        return implementation
+
+    for key in ("CPU", "CUDA"):
+        LIBRARY.impl(name, on(key.lower()), key)
+
+
+def differentiable_once(name: str) -> None:
+    """Makes the backward of an operator say so where a second derivative is asked for."""
+
+    def refuse(*_: Any) -> Any:
+        raise NotImplementedError(f"{name}: a second derivative was asked for, and only the first is built")
+
+    torch.library.register_autograd(f"recattn::{name}_backward", refuse, lib=LIBRARY)
+
+
 def without_autocast(device_type: str) -> AbstractContextManager[Any]:
     """Keeps autocast, where it is on, out of an implementation, which chooses its own dtypes."""
     if torch.is_autocast_enabled(device_type):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor
 
 from recattn.composite import pairwise_pool as composite
-from recattn.ops.library import LIBRARY, choose, surroundings
+from recattn.ops.library import LIBRARY, choose, differentiable_once, implement
 
 __all__ = ["backward_op", "forward_op"]
 
@@ -82,17 +81,8 @@ def _backward(
     return tuple(g.to(x.dtype) for g, x in zip(gradients, given, strict=False))
 
 
-def _implementation(run: Callable[..., Any], device_type: str) -> Callable[..., Any]:
-    def implementation(*arguments: Any) -> Any:
-        with surroundings(device_type, arguments):
-            return run(*arguments, on_gpu=device_type == "cuda")
-
-    return implementation
-
-
-for _key in ("CPU", "CUDA"):
-    LIBRARY.impl("pairwise_pool", _implementation(_forward, _key.lower()), _key)
-    LIBRARY.impl("pairwise_pool_backward", _implementation(_backward, _key.lower()), _key)
+implement("pairwise_pool", _forward)
+implement("pairwise_pool_backward", _backward)
 
 
 @torch.library.register_fake("recattn::pairwise_pool", lib=LIBRARY)
@@ -138,9 +128,5 @@ class _Autograd(torch.autograd.Function):
         return *gradients, None, *(None for _ in ctx.options)
 
 
-def _no_second_derivative(*_: Any) -> Any:
-    raise NotImplementedError("pairwise_pool: a second derivative was asked for, and only the first is built")
-
-
 LIBRARY.impl("pairwise_pool", _Autograd.apply, "Autograd")
-torch.library.register_autograd("recattn::pairwise_pool_backward", _no_second_derivative, lib=LIBRARY)
+differentiable_once("pairwise_pool")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor
 
 from recattn.composite import self_attention as composite
-from recattn.ops.library import LIBRARY, choose, surroundings
+from recattn.ops.library import LIBRARY, choose, differentiable_once, implement
 
 __all__ = ["backward_op", "forward_op"]
 
@@ -62,17 +61,8 @@ def _backward(
     return [*gradients, *([] if call.table is None else [table.to(call.table.dtype)])]
 
 
-def _implementation(run: Callable[..., Any], device_type: str) -> Callable[..., Any]:
-    def implementation(*arguments: Any) -> Any:
-        with surroundings(device_type, arguments):
-            return run(*arguments, on_gpu=device_type == "cuda")
-
-    return implementation
-
-
-for _key in ("CPU", "CUDA"):
-    LIBRARY.impl("self_attention", _implementation(_forward, _key.lower()), _key)
-    LIBRARY.impl("self_attention_backward", _implementation(_backward, _key.lower()), _key)
+implement("self_attention", _forward)
+implement("self_attention_backward", _backward)
 
 
 @torch.library.register_fake("recattn::self_attention", lib=LIBRARY)
@@ -108,11 +98,5 @@ class _Autograd(torch.autograd.Function):
         return grad_q, grad_k, grad_v, None, *(table or [None]), *(None,) * 8
 
 
-def _no_second_derivative(*_: Any) -> Any:
-    raise NotImplementedError(
-        "self_attention: a second derivative was asked for, and only the first is built"
-    )
-
-
 LIBRARY.impl("self_attention", _Autograd.apply, "Autograd")
-torch.library.register_autograd("recattn::self_attention_backward", _no_second_derivative, lib=LIBRARY)
+differentiable_once("self_attention")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor
 
 from recattn.composite import target_attention as composite
-from recattn.ops.library import LIBRARY, choose, surroundings
+from recattn.ops.library import LIBRARY, choose, differentiable_once, implement
 
 __all__ = ["NORMALIZATIONS", "backward_op", "forward_op"]
 
@@ -80,17 +79,8 @@ def _backward(
     return gradients if shift is None else [*gradients, bias.to(shift.dtype).view_as(shift)]
 
 
-def _implementation(run: Callable[..., Any], device_type: str) -> Callable[..., Any]:
-    def implementation(*arguments: Any) -> Any:
-        with surroundings(device_type, arguments):
-            return run(*arguments, on_gpu=device_type == "cuda")
-
-    return implementation
-
-
-for _key in ("CPU", "CUDA"):
-    LIBRARY.impl("target_attention", _implementation(_forward, _key.lower()), _key)
-    LIBRARY.impl("target_attention_backward", _implementation(_backward, _key.lower()), _key)
+implement("target_attention", _forward)
+implement("target_attention_backward", _backward)
 
 
 @torch.library.register_fake("recattn::target_attention", lib=LIBRARY)
@@ -132,11 +122,5 @@ def _with_autograd(*arguments: Any) -> tuple[Tensor, ...]:
     return _Autograd.apply(*arguments)
 
 
-def _no_second_derivative(*_: Any) -> Any:
-    raise NotImplementedError(
-        "target_attention: a second derivative was asked for, and only the first is built"
-    )
-
-
 LIBRARY.impl("target_attention", _with_autograd, "Autograd")
-torch.library.register_autograd("recattn::target_attention_backward", _no_second_derivative, lib=LIBRARY)
+differentiable_once("target_attention")
