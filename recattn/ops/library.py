@@ -89,16 +89,18 @@ def _kernels(operator: str) -> Any:
 
 def implement(name: str, run: Callable[..., Any]) -> None:
     """Binds `run(*arguments, on_gpu)` to an operator on CPUs and on GPUs."""
-
-    def on(device_type: str) -> Callable[..., Any]:
-        def implementation(*arguments: Any) -> Any:
-            with surroundings(device_type, arguments):
-                return run(*arguments, on_gpu=device_type == "cuda")
-
-        return implementation
-
     for key in ("CPU", "CUDA"):
-        LIBRARY.impl(name, on(key.lower()), key)
+        LIBRARY.impl(name, implementation(run, key.lower()), key)
+
+
+def implementation(run: Callable[..., Any], device_type: str) -> Callable[..., Any]:
+    """What an operator does with tensors on one kind of device."""
+
+    def on_device(*arguments: Any) -> Any:
+        with surroundings(device_type, arguments):
+            return run(*arguments, on_gpu=device_type == "cuda")
+
+    return on_device
 
 
 def differentiable_once(name: str) -> None:
