@@ -182,7 +182,8 @@ def step(
     if not get(SPEC, "reset_after"):
         n = as_units(multiply(state_weights[2], read(reset, SIZE, SPEC), n), SPEC)
     n = tanh(n)
-    h = h + move_to(tz, a[None, :], SPEC) * (n - h)
+    move = move_to(tz, a[None, :], SPEC)
+    h = h - move * h + move * n  # with nothing but the last product behind n
     rounded = h.to(states.dtype.element_ty)
     then.store(rounded)
     unit = gl.arange(0, get(SPEC, "units"), gl.SliceLayout(1, unit_layout(SPEC)))[:, None]

@@ -41,17 +41,33 @@ def load_weight(pointer, gate: gl.constexpr, SPEC: gl.constexpr):
 
 
 @gluon.jit
+def at(pointer, begin, unit, t, STRIDE: gl.constexpr):
+    """Where the units of step t lie, rows `STRIDE` apart: `[units, block]`. But for the last term, no step's own."""
+    return pointer + begin[None, :] * STRIDE + unit + t.to(gl.int64) * STRIDE
+
+
+@gluon.jit
+def load_grad(grad_states, begin, length, t, SPEC: gl.constexpr):
+    """The upstream gradient of step t, zero if there is none."""
+    SIZE: gl.constexpr = get(SPEC, "size")
+    LAYOUT: gl.constexpr = unit_layout(SPEC)
+    if get(SPEC, "upstream"):
+        unit = gl.arange(0, get(SPEC, "units"), gl.SliceLayout(1, LAYOUT))[:, None]
+        mask = ((t >= 0) & (t < length))[None, :] & (unit < SIZE)
+        return gl.load(at(grad_states, begin, unit, t, SIZE), mask=mask, other=0.0)
+    else:
+        return gl.zeros([get(SPEC, "units"), get(SPEC, "block")], grad_states.dtype.element_ty, LAYOUT)
+
+
+@gluon.jit
 def load_step(factors, grad_states, begin, length, t, SPEC: gl.constexpr):
-    """What step t reads. One that there is not keeps all and adds nothing."""
+    """What step t reads, and the upstream gradient of the step before it. A step that there is not keeps all."""
     SIZE: gl.constexpr = get(SPEC, "size")
     LAYOUT: gl.constexpr = unit_layout(SPEC)
     unit = gl.arange(0, get(SPEC, "units"), gl.SliceLayout(1, LAYOUT))[:, None]
     mask = ((t >= 0) & (t < length))[None, :] & (unit < SIZE)
-    row = (begin + t)[None, :]
-    grad = gl.zeros([get(SPEC, "units"), get(SPEC, "block")], factors.dtype.element_ty, LAYOUT)
-    if get(SPEC, "upstream"):
-        grad = gl.load(grad_states + row * SIZE + unit, mask=mask, other=0.0)
-    factor = factors + row * get(SPEC, "factors") + unit
+    grad = load_grad(grad_states, begin, length, t - 1, SPEC)
+    factor = at(factors, begin, unit, t, get(SPEC, "factors"))
     kept = gl.load(factor + place("kept", SPEC), mask=mask, other=1.0)
     r = gl.load(factor + place("r", SPEC), mask=mask, other=0.0)
     z = r
@@ -79,42 +95,38 @@ def times(x, y):
 
 
 @gluon.jit
-def step_back(
-    factors, grad_states, grads, t, carry, step, begin, length, buffers, weights, SPEC: gl.constexpr
-):
-    """Step t: the gradient of the state before it, and what step t - 2 reads."""
+def step_back(factors, grad_states, grads, t, dh, step, begin, length, buffers, weights, SPEC: gl.constexpr):
+    """From the gradient of the state after step t to that of the state before it, and what step t - 2 reads."""
     SIZE: gl.constexpr = get(SPEC, "size")
     dtype: gl.constexpr = factors.dtype.element_ty
-    kept = step[1].to(gl.float32)
-    r, z, n = step[2], step[3], step[4]
-    dh = step[0].to(gl.float32) + carry
     rounded = dh.to(dtype)
     if get(SPEC, "reset_after"):
-        buffers[0].store(times(rounded, r))
+        buffers[0].store(times(rounded, step[2]))
     if get(SPEC, "keeps"):
-        buffers[1].store(times(rounded, z))
-    buffers[2].store(times(rounded, n))
+        buffers[1].store(times(rounded, step[3]))
+    buffers[2].store(times(rounded, step[4]))
     unit = gl.arange(0, get(SPEC, "units"), gl.SliceLayout(1, unit_layout(SPEC)))[:, None]
     mask = ((t >= 0) & (t < length))[None, :] & (unit < SIZE)
-    row = (begin + t)[None, :]
-    gl.store(grads + row * SIZE + unit, rounded, mask=mask)
+    gl.store(at(grads, begin, unit, t, SIZE), rounded, mask=mask)
     ahead = load_step(factors, grad_states, begin, length, t - 2, SPEC)
+    dh = dh * step[1].to(gl.float32) + step[0].to(gl.float32)
     zero = gl.zeros([get(SPEC, "units"), get(SPEC, "block")], gl.float32, tile_layout(SPEC))
-    through = multiply(weights[2], read(buffers[2], SIZE, SPEC), zero)
-    sides = zero
+    n = as_units(multiply(weights[2], read(buffers[2], SIZE, SPEC), zero), SPEC)
+    z = zero
     if get(SPEC, "keeps"):
-        sides = multiply(weights[1], read(buffers[1], SIZE, SPEC), zero)
+        z = multiply(weights[1], read(buffers[1], SIZE, SPEC), zero)
     if get(SPEC, "reset_after"):
-        through += sides + multiply(weights[0], read(buffers[0], SIZE, SPEC), zero)
-        carry = dh * kept + as_units(through, SPEC)
+        r = multiply(weights[0], read(buffers[0], SIZE, SPEC), zero)
+        if get(SPEC, "keeps"):
+            r += z
+        dh = (dh + n) + as_units(r, SPEC)
     else:
-        reset = as_units(through, SPEC)
-        e_r = (reset * r.to(gl.float32)).to(dtype)
+        e_r = (n * step[2].to(gl.float32)).to(dtype)
         buffers[0].store(e_r)
-        gl.store(factors + place("r", SPEC) + row * get(SPEC, "factors") + unit, e_r, mask=mask)
-        carry = dh * kept + reset * step[5].to(gl.float32)
-        carry += as_units(multiply(weights[0], read(buffers[0], SIZE, SPEC), sides), SPEC)
-    return carry, ahead
+        gl.store(at(factors + place("r", SPEC), begin, unit, t, get(SPEC, "factors")), e_r, mask=mask)
+        dh += n * step[5].to(gl.float32)
+        dh += as_units(multiply(weights[0], read(buffers[0], SIZE, SPEC), z), SPEC)
+    return dh, ahead
 
 
 @gluon.jit
@@ -129,9 +141,10 @@ def reverse_mma_kernel(data, factors, grad_states, grad_last, grads, grad_initia
     unit = gl.arange(0, UNITS, gl.SliceLayout(1, LAYOUT))[:, None]
     kept = live[None, :] & (unit < SIZE)
     where = sequence[None, :] * SIZE + unit
-    carry = gl.zeros([UNITS, BLOCK], gl.float32, LAYOUT)
+    steps = gl.max(length, 0)
+    dh = load_grad(grad_states, begin, length, steps - 1, SPEC).to(gl.float32)
     if get(SPEC, "final"):
-        carry = gl.load(grad_last + where, mask=kept, other=0.0).to(gl.float32)
+        dh += gl.load(grad_last + where, mask=kept, other=0.0).to(gl.float32)
     weights = ()
     even = ()
     odd = ()
@@ -139,16 +152,13 @@ def reverse_mma_kernel(data, factors, grad_states, grad_last, grads, grad_initia
         weights = weights + (load_weight(data.weight_hh, gate, SPEC),)
         even = even + (gl.allocate_shared_memory(dtype, [UNITS, BLOCK], BUFFER),)
         odd = odd + (gl.allocate_shared_memory(dtype, [UNITS, BLOCK], BUFFER),)
-    steps = gl.max(length, 0)
     step0 = load_step(factors, grad_states, begin, length, steps - 1, SPEC)
     step1 = load_step(factors, grad_states, begin, length, steps - 2, SPEC)
     for i in range(0, steps, 2):
         t = steps - 1 - i
-        carry, step0 = step_back(
-            factors, grad_states, grads, t, carry, step0, begin, length, even, weights, SPEC
-        )
-        carry, step1 = step_back(
-            factors, grad_states, grads, t - 1, carry, step1, begin, length, odd, weights, SPEC
+        dh, step0 = step_back(factors, grad_states, grads, t, dh, step0, begin, length, even, weights, SPEC)
+        dh, step1 = step_back(
+            factors, grad_states, grads, t - 1, dh, step1, begin, length, odd, weights, SPEC
         )
     if get(SPEC, "initial"):
-        gl.store(grad_initial + where, carry.to(grad_initial.dtype.element_ty), mask=kept)
+        gl.store(grad_initial + where, dh.to(grad_initial.dtype.element_ty), mask=kept)
