@@ -1,4 +1,5 @@
-"""attentional_gru forward in 16 bits on NVIDIA GPUs, its layouts written out: one barrier per step.
+"""attentional_gru forward in 16 bits on NVIDIA GPUs, its layouts written out: one barrier per step, two if
+the reset gate comes before the product.
 
 A warp owns 16 units of all gates, so that gates never leave the threads that compute them, and eight sequences are the
 columns of the narrowest mma. Weights stay in registers. The state, rounded, and the next inputs cross shared memory in

@@ -1,6 +1,7 @@
 """attentional_gru's recurrence back in 16 bits on NVIDIA GPUs, its layouts written out as those of the way there.
 
-The gradients of pre-activations cross shared memory, in two buffers each that take turns: one barrier per step.
+The gradients of pre-activations cross shared memory, in two buffers each that take turns: one barrier per step, two
+if the reset gate comes before the product.
 """
 
 from __future__ import annotations
