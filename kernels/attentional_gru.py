@@ -72,7 +72,7 @@ class Spec:
     @property
     def fast(self) -> bool:
         """Whether the kernels with layouts written out take it."""
-        return self.approx and self.reset_after and max(self.units, self.columns) <= 64
+        return self.approx and max(self.units, self.columns) <= 64
 
     @property
     def attentive(self) -> bool:
@@ -314,8 +314,8 @@ def uncovered(call: Any) -> str | None:
 def kernel_of(call: Any) -> settings.Kernel:
     """The kernel that forward launches for a call that is covered."""
     if specialize(call).fast:
-        return settings.Kernel("layouts", "16 bits, reset_after, inputs and states up to 64 wide")
-    return settings.Kernel("portable", "not 16 bits with reset_after and up to 64 wide on an NVIDIA GPU")
+        return settings.Kernel("layouts", "16 bits, inputs and states up to 64 wide")
+    return settings.Kernel("portable", "not 16 bits and up to 64 wide on an NVIDIA GPU")
 
 
 def forward(call: Any) -> tuple[Tensor, Tensor]:

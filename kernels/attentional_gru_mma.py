@@ -1,4 +1,5 @@
-"""attentional_gru forward in 16 bits on NVIDIA GPUs, its layouts written out: one barrier per step.
+"""attentional_gru forward in 16 bits on NVIDIA GPUs, its layouts written out: one barrier per step, two if
+the reset gate comes before the product.
 
 A warp owns 16 units of all gates, so that gates never leave the threads that compute them, and eight sequences are the
 columns of the narrowest mma. Weights stay in registers. The state, rounded, and the next inputs cross shared memory in
@@ -29,15 +30,40 @@ def operand_layout(index, spec):
 
 
 @gluon.constexpr_function
+def unit_layout(spec):
+    """Of `[units, block]` in memory: where a thread has rows g and g + 8 of a tile, it has units 2g and 2g + 1 of the
+    same sequences. Two units of a sequence then are one load, one store, one packed product."""
+    warps = [[16 << i, 0] for i in range(spec.units.bit_length() - 5)]
+    lanes = [[0, 2], [0, 4], [2, 0], [4, 0], [8, 0]]
+    return gl.DistributedLinearLayout([[1, 0], [0, 1]], lanes, warps, [], [spec.units, spec.block])
+
+
+@gluon.jit
+def unit_of(row):
+    """The unit that a row of a tile is."""
+    return row // 16 * 16 + row % 8 * 2 + row % 16 // 8
+
+
+@gluon.jit
+def as_units(tile, SPEC: gl.constexpr):
+    """A tile, whose rows are `unit_of` it, by unit: nothing leaves its thread."""
+    UNITS: gl.constexpr = get(SPEC, "units")
+    BLOCK: gl.constexpr = get(SPEC, "block")
+    tile = tile.reshape([UNITS // 16, 2, 8, BLOCK]).permute([0, 2, 1, 3]).reshape([UNITS, BLOCK])
+    return gl.convert_layout(tile, unit_layout(SPEC))
+
+
+@gluon.constexpr_function
 def input_layout(spec):
     """Of the inputs on their way from memory, `[columns, block]`, four elements of a row to a thread."""
     return gl.BlockedLayout([4, 1], [spec.columns // 4, 128 // spec.columns], [1, spec.units // 16], [0, 1])
 
 
 @gluon.constexpr_function
-def staged_layout(spec):
-    """Of the inputs in shared memory: a row's elements lie together, rows are shifted so that banks differ."""
-    return gl.SwizzledSharedLayout(8, max(1, 64 // spec.columns), min(8, spec.columns // 8), [0, 1])
+def staged_layout(columns):
+    """Of `[columns, block]` in shared memory: a sequence's elements lie together, sequences are shifted so that banks
+    differ."""
+    return gl.SwizzledSharedLayout(8, max(1, 64 // columns), min(8, columns // 8), [0, 1])
 
 
 @gluon.jit
@@ -52,7 +78,7 @@ def load_weight(pointer, gate: gl.constexpr, factor: gl.constexpr, WIDTH: gl.con
     """A gate's third of `[3H, WIDTH]` times a factor, as slabs `[units, size]`, in the registers of its products."""
     SIZE: gl.constexpr = get(SPEC, "size")
     LAYOUT: gl.constexpr = operand_layout(0, SPEC)
-    row = gl.arange(0, get(SPEC, "units"), gl.SliceLayout(1, LAYOUT))[:, None]
+    row = unit_of(gl.arange(0, get(SPEC, "units"), gl.SliceLayout(1, LAYOUT)))[:, None]
     slabs = ()
     for i in gl.static_range(slab_count(WIDTH, 64)):
         column = (
@@ -69,18 +95,25 @@ def load_weight(pointer, gate: gl.constexpr, factor: gl.constexpr, WIDTH: gl.con
 def load_bias(pointer, gate: gl.constexpr, SPEC: gl.constexpr):
     """A gate's third of `[3H]`: `[units, 1]`."""
     SIZE: gl.constexpr = get(SPEC, "size")
-    unit = gl.arange(0, get(SPEC, "units"), gl.SliceLayout(1, tile_layout(SPEC)))
+    unit = unit_of(gl.arange(0, get(SPEC, "units"), gl.SliceLayout(1, tile_layout(SPEC))))
     return gl.load(pointer + gate * SIZE + unit, mask=unit < SIZE, other=0.0).to(gl.float32)[:, None]
 
 
 @gluon.jit
-def multiply(weights, buffer, acc, WIDTH: gl.constexpr, SPEC: gl.constexpr):
-    """Adds weights times what a buffer holds."""
+def read(buffer, WIDTH: gl.constexpr, SPEC: gl.constexpr):
+    """What a buffer holds, as slabs `[size, block]`, in the registers of its products."""
+    slabs = ()
     for i in gl.static_range(slab_count(WIDTH, 64)):
-        operand = buffer.slice(slab_start(i, WIDTH, 64), slab_size(i, WIDTH, 64)).load(
-            operand_layout(1, SPEC)
-        )
-        acc = mma_v2(weights[i], operand, acc)
+        slab = buffer.slice(slab_start(i, WIDTH, 64), slab_size(i, WIDTH, 64))
+        slabs = slabs + (slab.load(operand_layout(1, SPEC)),)
+    return slabs
+
+
+@gluon.jit
+def multiply(weights, operand, acc):
+    """Adds weights times an operand, slab by slab."""
+    for i in gl.static_range(len(weights)):
+        acc = mma_v2(weights[i], operand[i], acc)
     return acc
 
 
@@ -90,7 +123,7 @@ def load_attention(data, begin, length, t, SPEC: gl.constexpr):
     if get(SPEC, "weighs"):
         return gl.load(data.scores + begin + t, mask=t < length, other=0.0).to(gl.float32)
     else:
-        return gl.zeros([get(SPEC, "block")], gl.float32, gl.SliceLayout(0, tile_layout(SPEC)))
+        return gl.zeros([get(SPEC, "block")], gl.float32, gl.SliceLayout(0, unit_layout(SPEC)))
 
 
 @gluon.jit
@@ -122,31 +155,39 @@ def move_to(tz, a, SPEC: gl.constexpr):
 
 @gluon.jit
 def step(
-    data, states, t, h, a, x, rows, input_rows, now, then, x_now, x_then, input_weights, state_weights, biases,
+    data, states, t, h, a, x, rows, input_rows, now, then, reset, x_now, x_then, input_weights, state_weights, biases,
     SPEC: gl.constexpr,
 ):  # fmt: skip
     """Step t: the state after it, and of the step two on the attention, of the one three on the inputs."""
     SIZE: gl.constexpr = get(SPEC, "size")
     WIDTH: gl.constexpr = get(SPEC, "width")
-    LAYOUT: gl.constexpr = tile_layout(SPEC)
     begin, length = rows
     x_then.store(x)
     x = load_inputs(data, input_rows[0], input_rows[1], t + 3, SPEC)
-    zero = gl.zeros([get(SPEC, "units"), get(SPEC, "block")], gl.float32, LAYOUT)
-    r = multiply(input_weights[0], x_now, zero + biases[0], WIDTH, SPEC)
-    n = multiply(input_weights[2], x_now, zero + biases[2], WIDTH, SPEC)
+    zero = gl.zeros([get(SPEC, "units"), get(SPEC, "block")], gl.float32, tile_layout(SPEC))
+    operand = read(x_now, WIDTH, SPEC)
+    r = multiply(input_weights[0], operand, zero + biases[0])
+    n = multiply(input_weights[2], operand, zero + biases[2])
     tz = r
     if get(SPEC, "keeps"):
-        tz = multiply(input_weights[1], x_now, zero + biases[1], WIDTH, SPEC)
-    r = tanh(multiply(state_weights[0], now, r, SIZE, SPEC))
-    hidden = multiply(state_weights[2], now, zero + biases[3], SIZE, SPEC)
+        tz = multiply(input_weights[1], operand, zero + biases[1])
+    operand = read(now, SIZE, SPEC)
+    r = tanh(as_units(multiply(state_weights[0], operand, r), SPEC))
+    if get(SPEC, "reset_after"):
+        hidden = as_units(multiply(state_weights[2], operand, zero + biases[3]), SPEC)
+        n = as_units(n, SPEC) + hidden + r * hidden
+    else:
+        reset.store((h + r * h).to(states.dtype.element_ty))
     if get(SPEC, "keeps"):
-        tz = tanh(multiply(state_weights[1], now, tz, SIZE, SPEC))
-    n = tanh(n + hidden + r * hidden)
-    h = h + move_to(tz, a[None, :], SPEC) * (n - h)
+        tz = tanh(as_units(multiply(state_weights[1], operand, tz), SPEC))
+    if not get(SPEC, "reset_after"):
+        n = as_units(multiply(state_weights[2], read(reset, SIZE, SPEC), n), SPEC)
+    n = tanh(n)
+    move = move_to(tz, a[None, :], SPEC)
+    h = h - move * h + move * n  # with nothing but the last product behind n
     rounded = h.to(states.dtype.element_ty)
     then.store(rounded)
-    unit = gl.arange(0, get(SPEC, "units"), gl.SliceLayout(1, LAYOUT))[:, None]
+    unit = gl.arange(0, get(SPEC, "units"), gl.SliceLayout(1, unit_layout(SPEC)))[:, None]
     place = states + (begin + t)[None, :] * SIZE + unit
     gl.store(place, rounded, mask=(t < length)[None, :] & (unit < SIZE))
     return h, load_attention(data, begin, length, t + 2, SPEC), x
@@ -182,8 +223,8 @@ def scan_mma_kernel(data, states, last, SPEC: gl.constexpr):
     UNITS: gl.constexpr = get(SPEC, "units")
     BLOCK: gl.constexpr = get(SPEC, "block")
     COLUMNS: gl.constexpr = get(SPEC, "columns")
-    LAYOUT: gl.constexpr = tile_layout(SPEC)
-    STATE: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
+    LAYOUT: gl.constexpr = unit_layout(SPEC)
+    STATE: gl.constexpr = staged_layout(UNITS)
     dtype: gl.constexpr = states.dtype.element_ty
     sequence, live, begin, length = rows_of(data, SPEC, LAYOUT)
     _, _, input_begin, input_length = rows_of(data, SPEC, input_layout(SPEC))
@@ -202,16 +243,23 @@ def scan_mma_kernel(data, states, last, SPEC: gl.constexpr):
             load_weight(data.weight_ih, gate, 0.5 if gate < 2 else 1.0, get(SPEC, "width"), SPEC),
         )
         state_weights = state_weights + (load_weight(data.weight_hh, gate, 0.5, SIZE, SPEC),)
+    candidate = load_bias(data.bias_ih, 2, SPEC)
+    hidden = load_bias(data.bias_hh, 2, SPEC)
+    if not get(SPEC, "reset_after"):
+        candidate += hidden
     biases = (
         0.5 * (load_bias(data.bias_ih, 0, SPEC) + load_bias(data.bias_hh, 0, SPEC)),
         0.5 * (load_bias(data.bias_ih, 1, SPEC) + load_bias(data.bias_hh, 1, SPEC)),
-        load_bias(data.bias_ih, 2, SPEC),
-        0.5 * load_bias(data.bias_hh, 2, SPEC),
+        candidate,
+        0.5 * hidden,
     )
     even = gl.allocate_shared_memory(dtype, [UNITS, BLOCK], STATE)
     odd = gl.allocate_shared_memory(dtype, [UNITS, BLOCK], STATE)
-    x_even = gl.allocate_shared_memory(dtype, [COLUMNS, BLOCK], staged_layout(SPEC))
-    x_odd = gl.allocate_shared_memory(dtype, [COLUMNS, BLOCK], staged_layout(SPEC))
+    reset = even  # what the reset gate leaves of a state
+    if not get(SPEC, "reset_after"):
+        reset = gl.allocate_shared_memory(dtype, [UNITS, BLOCK], STATE)
+    x_even = gl.allocate_shared_memory(dtype, [COLUMNS, BLOCK], staged_layout(COLUMNS))
+    x_odd = gl.allocate_shared_memory(dtype, [COLUMNS, BLOCK], staged_layout(COLUMNS))
     rows = (begin, length)
     input_rows = (input_begin, input_length)
     x_even.store(load_inputs(data, input_begin, input_length, 0, SPEC))
@@ -224,12 +272,12 @@ def scan_mma_kernel(data, states, last, SPEC: gl.constexpr):
     h = start.to(gl.float32)
     for t in range(0, gl.max(length, 0), 2):
         h, a0, x0 = step(
-            data, states, t, h, a0, x0, rows, input_rows, even, odd, x_even, x_odd, input_weights, state_weights,
-            biases, SPEC,
+            data, states, t, h, a0, x0, rows, input_rows, even, odd, reset, x_even, x_odd, input_weights,
+            state_weights, biases, SPEC,
         )  # fmt: skip
         h, a1, x1 = step(
-            data, states, t + 1, h, a1, x1, rows, input_rows, odd, even, x_odd, x_even, input_weights, state_weights,
-            biases, SPEC,
+            data, states, t + 1, h, a1, x1, rows, input_rows, odd, even, reset, x_odd, x_even, input_weights,
+            state_weights, biases, SPEC,
         )  # fmt: skip
     # A thread reads what it has written itself.
     ended = gl.load(

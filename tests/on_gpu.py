@@ -16,7 +16,14 @@ from recattn.ops import (
     target_attention,
 )
 
-OPERATORS = (activation_unit, activation_unit_statistics, attentional_gru, self_attention, target_attention)
+OPERATORS = (
+    activation_unit,
+    activation_unit_statistics,
+    attentional_gru,
+    pairwise_pool,
+    self_attention,
+    target_attention,
+)
 
 
 class HostSync(AssertionError):

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from recattn import functional
 from recattn.composite.score_dropout import draw_seed
 from recattn.reference import pairwise_pool, pairwise_pool_gathered
 
@@ -107,14 +106,3 @@ def _rms(x: Tensor) -> float:
 
 def variant(**changes: Any) -> Case:
     return replace(Case(), **changes)
-
-
-def run_classic_case(dtype: torch.dtype) -> None:
-    """Forward and backward of many fields and of few, with and without everything optional, and of wide ones."""
-    plain = Case(batch=64, count=39, dim=16, hidden=16, dtype=dtype)
-    for case in (
-        plain,
-        replace(plain, count=10, dropout=0.1, return_weights=True),
-        replace(plain, count=24, dim=40, hidden=40),
-    ):
-        call(functional.pairwise_pool, case, case.tensors())

@@ -9,11 +9,12 @@ from typing import Any
 import activation_unit_cases
 import activation_unit_statistics_cases
 import attentional_gru_cases
+import pairwise_pool_cases
 import pytest
 import self_attention_cases
 import target_attention_cases
 import torch
-from on_gpu import OPERATORS, HostSync, OnGPU, on_meta
+from on_gpu import HostSync, OnGPU, on_meta
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
@@ -21,6 +22,7 @@ import recattn
 from recattn import Jagged, functional, nn
 from recattn.inspect.recording import recorded_launches
 from recattn.jagged import offsets_of
+from recattn.ops.library import implementation
 
 LENGTHS = (3, 0, 40, 1)
 SCALAR = "(item|_local_scalar_dense) waits for the device"
@@ -110,6 +112,10 @@ for kind in ("gru", "augru"):
         attentional_gru_cases.call,
         functional.attentional_gru,
         attentional_gru_cases.Case(lengths=LENGTHS, kind=kind),
+    )
+for name, changes in {"plain": {}, "every option": {"dropout": 0.2, "return_weights": True}}.items():
+    CALLS[f"pairwise_pool, {name}"] = case_on_gpu(
+        pairwise_pool_cases.call, functional.pairwise_pool, pairwise_pool_cases.Case(**changes)
     )
 
 

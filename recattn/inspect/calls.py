@@ -269,6 +269,7 @@ CALLS: tuple[Call, ...] = (
     AttentionalGru(D=64, reset_after=False),
     AttentionalGru(kind="gru"),
     PairwisePool(),
+    PairwisePool(F=24, D=40, A=40),
 )
 
 
