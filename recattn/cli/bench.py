@@ -1,68 +1,132 @@
-"""`recattn bench`: operators against eager code, `torch.compile` and installed libraries."""
+"""`recattn bench`: operators and models against eager code, `torch.compile` and installed libraries."""
 
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
-from recattn.bench import report
-from recattn.bench.cases import CASES, make_inputs, select_cases
-from recattn.bench.console import add_device_arguments, chosen_device, progress, read_log, write_records
+from recattn.bench import history, page, plot, report
+from recattn.bench.cases import CASES, select_cases
+from recattn.bench.console import (
+    add_data_argument,
+    add_device_arguments,
+    chosen_device,
+    progress,
+    read_log,
+    write_records,
+)
+from recattn.bench.environment import command_line, commit, details, environment, machine
 from recattn.bench.measure import Measurement, measure
-from recattn.bench.providers import PROVIDERS
+from recattn.bench.report import Section
+from recattn.bench.roofline import Peaks, peaks_of
+from recattn.bench.task import MODES, Setting
 from recattn.bench.timing import meter_for
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--quick", action="store_true", help="fewer cases and rounds: a minute or two")
-    parser.add_argument(
-        "--data",
-        default="synthetic",
-        metavar="synthetic|movielens|PATH",
-        help="histories: of generated lengths, of MovieLens-100K, or of a MovieLens data set in a folder"
-        " (default: %(default)s)",
-    )
+    parser.add_argument("--quick", action="store_true", help="fewer cases and rounds: some minutes")
+    add_data_argument(parser, "histories")
+    parser.add_argument("--op", nargs="+", metavar="NAME", help=", ".join(dict.fromkeys(c.op for c in CASES)))
     parser.add_argument("--case", nargs="+", metavar="NAME", help=", ".join(case.name for case in CASES))
-    parser.add_argument("--provider", nargs="+", metavar="NAME", help=", ".join(PROVIDERS))
+    parser.add_argument("--provider", nargs="+", metavar="NAME", help="some of those that a case has")
+    parser.add_argument(
+        "--mode", nargs="+", choices=MODES, help="default: all but forward, which keeps a graph and drops it"
+    )
     add_device_arguments(parser)
     parser.add_argument("--cold", action="store_true", help="overwrite the GPU's L2 cache before each call")
+    parser.add_argument("--graph", action="store_true", help="time replays of a CUDA graph of each call")
     parser.add_argument(
         "--json", type=Path, metavar="FILE", help="write the measurements as a list of records"
     )
-    parser.add_argument("--output", type=Path, metavar="DIR", help="write bench.json and bench.md")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        metavar="DIR",
+        help="write bench.json, bench.md, bench.html, and a picture as PNG and SVG",
+    )
+    parser.add_argument(
+        "--history",
+        type=Path,
+        metavar="FILE",
+        help="append this run to a file of JSON lines (default: history.jsonl in --output, if that is given)",
+    )
+    parser.add_argument("--compare", type=Path, metavar="FILE", help="print what moved since such a file")
 
 
 def run(args: argparse.Namespace) -> int:
     """Returns 1 if recattn itself failed somewhere; another provider that fails is a row of the table."""
     device, dtype = chosen_device(args)
-    meter = meter_for(device, args.cold)
-    names = args.provider or list(PROVIDERS)
-    for name in names:
-        if name not in PROVIDERS:
-            raise ValueError(f"provider: expected some of {', '.join(PROVIDERS)}, got {name!r}")
-    providers = {name: PROVIDERS[name] for name in names}
-    cases = select_cases(args.case, from_log=args.data != "synthetic", quick=args.quick)
-    log = read_log(args.data)
-    heading = f"activation_unit on {report.environment(device, dtype)}, data: {args.data}"
-    budget, rounds = (2.0, (3, 50)) if args.quick else (10.0, (5, 200))
-    measured: list[Measurement] = []
+    meter = meter_for(device, args.cold, args.graph)
+    cases = select_cases(args.case, args.op, from_log=args.data != "synthetic", quick=args.quick)
+    earlier = history.read(args.compare) if args.compare else []
+    setting = Setting(device, dtype, read_log(args.data))
+    modes = args.mode or [mode for mode in MODES if mode != "forward"]
+    budget, rounds = (1.0, (3, 50)) if args.quick else (10.0, (5, 200))
+    heading = f"{environment(device, dtype)}, data: {args.data}"
     sections = []
+    known = set()
     with progress(len(cases)) as bar:
         bar.console.print(heading, markup=False)
+        peaks = peaks_of(device, dtype)
+        bar.console.print(f"roofline: {peaks.describe()}", markup=False)
         for case in cases:
             bar.begin(case.name)
-            inputs = make_inputs(case, device, dtype, log=log)
-            results = measure(case, inputs, providers, meter, budget=budget, rounds=rounds, on_step=bar.say)
-            title = f"{case.name}: {case.describe(inputs.fill)}"
-            bar.show(report.table(title, results), report.failures(results))
-            sections.append(report.markdown(title, results))
-            measured += results
+            task = case.task(setting)
+            known |= set(task.providers)
+            measured = measure(
+                task,
+                meter,
+                providers=args.provider,
+                modes=modes,
+                budget=budget,
+                rounds=rounds,
+                on_step=bar.say,
+            )
+            found = Section(f"{task.op}, {case.name}: {task.description}", measured)
+            bar.show(report.table(found, peaks), report.failures(measured))
+            sections.append(found)
             bar.end()
+        for name in args.provider or ():
+            if name not in known:
+                raise ValueError(f"provider: expected some of {', '.join(sorted(known))}, got {name!r}")
+        measured = [m for found in sections for m in found.measured]
         bar.console.print(report.LEGEND, style="dim")
+        bar.console.print(report.summary(measured), markup=False, highlight=False)
+        if args.compare:
+            moved = history.compare(args.compare, earlier, measured, machine(device))
+            bar.console.print(moved, markup=False, highlight=False)
     if args.json is not None:
         write_records(args.json, measured)
+    log = args.history or (args.output and args.output / "history.jsonl")
+    if log is not None:
+        command = command_line(sys.argv[1:])
+        history.append(log, measured, command=command, commit=commit(), machine=machine(device))
     if args.output is not None:
-        write_records(args.output / "bench.json", measured)
-        text = "\n".join([f"# Benchmark\n\n{heading}.\n\n{report.LEGEND}\n", *sections])
-        (args.output / "bench.md").write_text(text, encoding="utf-8")
+        _write(args.output, heading, sections, peaks, details(device, dtype))
     return int(any(m.error for m in measured if m.provider == "recattn"))
+
+
+def _write(folder: Path, heading: str, sections: list[Section], peaks: Peaks, found: dict[str, str]) -> None:
+    """The files of `--output`."""
+    measured: list[Measurement] = [m for section in sections for m in section.measured]
+    write_records(folder / "bench.json", measured)
+    summary = report.summary(measured)
+    content = [f"# Benchmark\n\n{summary}\n\n{heading}.\n\n{report.LEGEND}\n"]
+    content += [report.markdown(section, peaks) for section in sections]
+    (folder / "bench.md").write_text("\n".join(content), encoding="utf-8")
+    pictures = []
+    if any(m.ms for m in measured if m.provider == report.OWN):
+        figure = plot.ratios(measured, heading)
+        plot.save(figure, folder / "bench")
+        pictures.append(plot.inline(figure))
+    html = page.page(
+        "recattn bench",
+        [summary],
+        pictures,
+        [page.section(section, peaks) for section in sections],
+        environment={**found, "roofline": peaks.describe()},
+        command=command_line(sys.argv[1:]),
+        legend=report.LEGEND,
+    )
+    (folder / "bench.html").write_text(html, encoding="utf-8")
