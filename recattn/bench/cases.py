@@ -51,3 +51,11 @@ def select_cases(
                 f"case: {name!r} takes its histories from a log, expected data other than synthetic"
             )
     return [by_name[name] for name in names]
+
+
+def check_providers(names: Sequence[str] | None, cases: Sequence[Case]) -> None:
+    """Raises ValueError for a name that none of the cases has."""
+    known = dict.fromkeys(name for case in cases for name in case.providers)
+    for name in names or ():
+        if name not in known:
+            raise ValueError(f"provider: expected some of {', '.join(known)}, got {name!r}")

@@ -101,7 +101,7 @@ def measure(
     prepared: dict[str, Prepared] = {}
     reference = task.reference() if check else None
     measured: list[Measurement] = []
-    for mode in task.modes:
+    for mode in task.case.modes:
         if modes is not None and mode not in modes:
             continue
         expected = None
@@ -134,7 +134,7 @@ def measure(
 
 def _row(task: Task, provider: str, mode: str) -> Measurement:
     device, dtype = task.setting.device.type, name_of(task.setting.dtype)
-    row = Measurement(task.op, task.case, provider, mode, device, dtype)
+    row = Measurement(task.case.op, task.case.name, provider, mode, device, dtype)
     if task.work is None:
         return row
     work = task.work.of(mode)

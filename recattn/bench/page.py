@@ -19,7 +19,7 @@ body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(
        max-width: 78rem; padding: 0 1rem }
 h1 { font-size: 1.5rem } h2 { font-size: 1.1rem; margin-top: 2.5rem } .summary { font-size: 1.1rem }
 .dim, .legend { color: var(--dim) } code, pre { font: 13px/1.5 ui-monospace, monospace } pre { overflow-x: auto }
-.scroll { overflow-x: auto } svg { max-width: 100%; height: auto }
+.scroll { overflow-x: auto } figure { margin: 1rem 0 } svg { max-width: 100%; height: auto }
 table { border-collapse: collapse; font-size: 13px; font-variant-numeric: tabular-nums }
 th, td { padding: .18rem .7rem; text-align: right; white-space: nowrap }
 thead th { border-bottom: 1px solid var(--line) }
@@ -41,13 +41,13 @@ def page(
     """The whole page.
 
     Args:
-        summary: what came out, a paragraph each.
+        summary: what came out, in a sentence, and then in a list.
         pictures: SVG elements.
         tables: HTML, as the functions below make it.
         environment: what is known of the machine.
         command: that made the figures.
     """
-    paragraphs = "".join(f'<p class="summary">{escape(line)}</p>' for line in summary)
+    paragraphs = f'<p class="summary">{escape(summary[0])}</p>' + _list(summary[1:], "notes")
     known = "".join(
         f'<tr><td class="left">{escape(name)}</td><td class="left">{escape(value)}</td></tr>'
         for name, value in environment.items()

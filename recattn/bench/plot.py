@@ -96,6 +96,8 @@ def ratios(measured: Sequence[Measurement], title: str) -> Any:
     cases = list(dict.fromkeys(case for case, _ in own))[::-1]
     providers = list(dict.fromkeys(m.provider for m in measured if m.ms))
     figure, panels = _figure(len(modes), title, height=1.6 + 0.3 * len(cases))
+    from matplotlib.ticker import LogLocator
+
     for axes, mode in zip(panels, modes, strict=True):
         for provider in providers:
             points = [
@@ -109,15 +111,19 @@ def ratios(measured: Sequence[Measurement], title: str) -> Any:
         axes.axvline(1, color=INK, linewidth=0.8)
         axes.set(xscale="log", xlabel=f"{mode}: time over that of recattn", ylim=(-0.6, len(cases) - 0.4))
         axes.set_yticks(range(len(cases)), cases)
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.xaxis.set_major_formatter(lambda x, _: f"{x:g}×")
         axes.xaxis.set_minor_formatter("")
-    handles = {
-        label: handle
-        for axes in panels
-        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
-    }
+    handles: dict[str, Any] = {}
+    for axes in panels:
+        handles.update(zip(*axes.get_legend_handles_labels()[::-1], strict=True))
     figure.legend(
-        handles.values(), handles.keys(), loc="outside lower center", ncols=5, frameon=False, labelcolor=INK
+        list(handles.values()),
+        list(handles),
+        loc="outside lower center",
+        ncols=5,
+        frameon=False,
+        labelcolor=INK,
     )
     return figure
 

@@ -28,10 +28,11 @@ COLUMNS = (
 )
 LEFT = ("mode", "provider")
 LEGEND = (
-    "Medians of interleaved calls. faster by, smaller by: how many times the time and peak memory of recattn a provider"
-    " takes; in the row of recattn, what the fastest of the others takes. Peak memory: tensors alive at once, inputs not"
-    " counted. roofline: the least time for bytes and flops, over the time taken. error: against float64, relative to the"
-    " largest element. first call: with all that is compiled in it, and of a training step without the optimizer."
+    "Medians of interleaved calls. faster by, smaller by: how many times the time and peak memory of recattn a"
+    " provider takes; in the row of recattn, what the fastest of the others takes. Peak memory: tensors alive at once,"
+    " inputs not counted. roofline: the least time for bytes and flops, over the time taken. error: against float64,"
+    " relative to the largest element. first call: with all that is compiled in it, and of a"
+    " training step without the optimizer."
 )
 
 

@@ -142,26 +142,32 @@ def crossovers(fitted: Sequence[Curve], letter: str) -> list[str]:
         if curve.provider == OWN or curve.mode not in own:
             continue
         times = dict(zip(own[curve.mode].sizes, own[curve.mode].ms, strict=True))
-        ratios = [
-            (size, ms / times[size]) for size, ms in zip(curve.sizes, curve.ms, strict=True) if size in times
-        ]
-        if not ratios:
-            continue
-        name, factors = f"{curve.mode}: {curve.provider}", [ratio for _, ratio in ratios]
-        crossings = [
-            f"{'slower' if b[1] > 1 else 'faster'} than {OWN} above {letter}={_crossing(a, b):.3g}"
-            for a, b in zip(ratios[:-1], ratios[1:], strict=True)
-            if (a[1] > 1) != (b[1] > 1)
-        ]
-        if crossings:
-            start = "slower" if factors[0] > 1 else "faster"
-            lines.append(f"{name} is {start} at {letter}={ratios[0][0]:g}, {', '.join(crossings)}")
-        else:
-            word = "slower" if factors[0] > 1 else "faster"
-            lines.append(
-                f"{name} is {word} than {OWN} everywhere, {min(factors):.2g}× to {max(factors):.2g}× the time"
-            )
+        pairs = zip(curve.sizes, curve.ms, strict=True)
+        ratios = [(size, ms / times[size]) for size, ms in pairs if size in times]
+        if ratios:
+            lines.append(f"{curve.mode}: {curve.provider} is {_where(ratios, letter)}")
     return lines
+
+
+def _where(ratios: Sequence[tuple[float, float]], letter: str) -> str:
+    """Of sizes and how many times as long as recattn something takes there."""
+
+    def word(ratio: float) -> str:
+        return "slower" if ratio > 1 else "faster"
+
+    factors = [ratio for _, ratio in ratios]
+    extremes = f"it takes {min(factors):.2g}× to {max(factors):.2g}× the time of {OWN}"
+    steps = [
+        (word(b[1]), _crossing(a, b))
+        for a, b in zip(ratios[:-1], ratios[1:], strict=True)
+        if word(a[1]) != word(b[1])
+    ]
+    if not steps:
+        return f"{word(factors[0])} everywhere: {extremes}"
+    begin = f"{word(factors[0])} below {letter}={steps[0][1]:.3g}"
+    return (
+        ", ".join([begin, *(f"{after} above {letter}={size:.3g}" for after, size in steps)]) + f"; {extremes}"
+    )
 
 
 def _crossing(a: tuple[float, float], b: tuple[float, float]) -> float:
@@ -171,29 +177,40 @@ def _crossing(a: tuple[float, float], b: tuple[float, float]) -> float:
 
 
 def ends(measured: Mapping[float, Sequence[Measurement]], letter: str) -> list[str]:
-    """For each provider and mode that failed, where it first did and why."""
+    """For each provider that failed, where it first did and why; modes that did alike together."""
     first: dict[tuple[str, str], str] = {}
     for size in sorted(measured):
         for m in measured[size]:
             if m.error:
                 first.setdefault((m.provider, m.mode), f"{letter}={size:g}: {m.error}")
-    return [f"{mode}: {provider} stops at {where}" for (provider, mode), where in first.items()]
+    modes: dict[tuple[str, str], list[str]] = {}
+    for (provider, mode), where in first.items():
+        modes.setdefault((provider, where), []).append(mode)
+    return [f"{', '.join(names)}: {provider} stops at {where}" for (provider, where), names in modes.items()]
+
+
+FIGURES: dict[str, tuple[str, Callable[[float], str]]] = {
+    "ms": ("time, ms", milliseconds),
+    "peak_bytes": ("peak memory, MiB", mebibytes),
+}
 
 
 def cells(
-    mode: str, measured: Mapping[float, Sequence[Measurement]], fitted: Sequence[Curve], letter: str
+    mode: str,
+    field: str,
+    measured: Mapping[float, Sequence[Measurement]],
+    fitted: Sequence[Curve],
+    letter: str,
 ) -> list[list[str]]:
-    """Time and memory over size in one mode, one column per provider: the heading, a row per size, the exponents."""
+    """Time or memory over size in one mode, one column per provider that ran: the heading, a row per size, the
+    exponents."""
     by_size = {size: {m.provider: m for m in ms if m.mode == mode} for size, ms in measured.items()}
-    providers = list(dict.fromkeys(p for ms in by_size.values() for p in ms))
-    result = [[letter, *(f"{p}, ms" for p in providers), *(f"{p}, MiB" for p in providers)]]
-    shown: tuple[tuple[str, Callable[[float], str]], ...] = (("ms", milliseconds), ("peak_bytes", mebibytes))
-    for size, row in sorted(by_size.items()):
-        figures = [_figure(row, p, field, show) for field, show in shown for p in providers]
-        result.append([f"{size:g}", *figures])
     exponents = {curve.provider: curve.exponents() for curve in fitted if curve.mode == mode}
-    of_all = [exponents.get(p, (None, None))[index] for index in (0, 1) for p in providers]
-    result.append(["", *("" if p is None else f"∝ {letter}^{p:.2f}" for p in of_all)])
+    result = [[letter, *exponents]]
+    for size, row in sorted(by_size.items()):
+        result.append([f"{size:g}", *(_figure(row, p, field, FIGURES[field][1]) for p in exponents)])
+    of_field = [pair[list(FIGURES).index(field)] for pair in exponents.values()]
+    result.append(["", *("" if p is None else f"∝ {letter}^{p:.2f}" for p in of_field)])
     return result
 
 
@@ -206,12 +223,12 @@ def _figure(row: Mapping[str, Measurement], provider: str, field: str, show: Cal
     return f"{show(value)} ({value / own:.1f}×)" if own else show(value)
 
 
-def table(mode: str, content: Sequence[Sequence[str]]) -> Table:
+def table(title: str, content: Sequence[Sequence[str]]) -> Table:
     """`cells` for a rich console."""
     from rich import box
     from rich.table import Table
 
-    result = Table(title=mode, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
+    result = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
     for column in content[0]:
         result.add_column(column, justify="right")
     for row in content[1:-1]:

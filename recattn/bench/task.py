@@ -39,8 +39,14 @@ class Case:
     """
 
     op: ClassVar[str]
+    modes: ClassVar[tuple[str, ...]] = MODES[:3]  # those that make sense
     name: str
     quick: bool = False
+
+    @property
+    def providers(self) -> Mapping[str, Callable[[Any], Prepared]]:
+        """Who computes it, of the inputs that `task` makes."""
+        raise NotImplementedError(f"{type(self).__name__}: expected a subclass that defines providers")
 
     @property
     def needs_log(self) -> bool:
@@ -124,18 +130,15 @@ class Task:
         providers: by name; each raises where it cannot compute this.
         reference: the formula in float64, in the layout that results are compared in.
         work: of forward; None where there is no sum of it, as for a whole model.
-        modes: those that make sense of it.
         kinked: whether a gradient may jump where a unit is within rounding of its kink.
     """
 
-    op: str
-    case: str
+    case: Case
     setting: Setting
     description: str
     providers: Mapping[str, Provider]
     reference: Callable[[], Prepared]
     work: Work | None
-    modes: tuple[str, ...] = MODES[:3]
     kinked: bool = False
 
 

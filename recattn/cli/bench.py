@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from recattn.bench import history, page, plot, report
-from recattn.bench.cases import CASES, select_cases
+from recattn.bench.cases import CASES, check_providers, select_cases
 from recattn.bench.console import (
     add_data_argument,
     add_device_arguments,
@@ -59,13 +59,13 @@ def run(args: argparse.Namespace) -> int:
     device, dtype = chosen_device(args)
     meter = meter_for(device, args.cold, args.graph)
     cases = select_cases(args.case, args.op, from_log=args.data != "synthetic", quick=args.quick)
+    check_providers(args.provider, cases)
     earlier = history.read(args.compare) if args.compare else []
     setting = Setting(device, dtype, read_log(args.data))
     modes = args.mode or [mode for mode in MODES if mode != "forward"]
     budget, rounds = (1.0, (3, 50)) if args.quick else (10.0, (5, 200))
     heading = f"{environment(device, dtype)}, data: {args.data}"
     sections = []
-    known = set()
     with progress(len(cases)) as bar:
         bar.console.print(heading, markup=False)
         peaks = peaks_of(device, dtype)
@@ -73,7 +73,6 @@ def run(args: argparse.Namespace) -> int:
         for case in cases:
             bar.begin(case.name)
             task = case.task(setting)
-            known |= set(task.providers)
             measured = measure(
                 task,
                 meter,
@@ -83,13 +82,10 @@ def run(args: argparse.Namespace) -> int:
                 rounds=rounds,
                 on_step=bar.say,
             )
-            found = Section(f"{task.op}, {case.name}: {task.description}", measured)
+            found = Section(f"{case.op}, {case.name}: {task.description}", measured)
             bar.show(report.table(found, peaks), report.failures(measured))
             sections.append(found)
             bar.end()
-        for name in args.provider or ():
-            if name not in known:
-                raise ValueError(f"provider: expected some of {', '.join(sorted(known))}, got {name!r}")
         measured = [m for found in sections for m in found.measured]
         bar.console.print(report.LEGEND, style="dim")
         bar.console.print(report.summary(measured), markup=False, highlight=False)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from recattn.bench import page, plot, scaling
-from recattn.bench.cases import SWEPT
+from recattn.bench.cases import SWEPT, check_providers
 from recattn.bench.console import (
     add_data_argument,
     add_device_arguments,
@@ -22,6 +22,7 @@ from recattn.bench.console import (
 from recattn.bench.environment import command_line, details, environment
 from recattn.bench.histories import SCALED_LOG
 from recattn.bench.measure import Measurement, measure
+from recattn.bench.report import OWN
 from recattn.bench.roofline import peaks_of
 from recattn.bench.scaling import AXES, Curve
 from recattn.bench.task import MODES, Case, Setting
@@ -35,8 +36,8 @@ BUT = (
     "recattn_padded",
 )  # providers to ask for: each size would be compiled anew
 LEGEND = (
-    "Medians of interleaved calls; in brackets how many times recattn's. Exponents are fitted over the upper half of the"
-    " sizes. Results are compared with float64 at sizes where that takes no longer than the rest."
+    "Medians of interleaved calls; in brackets how many times recattn's. Exponents are fitted over the upper half of"
+    " the sizes. Results are compared with float64 at sizes where that takes no longer than the rest."
 )
 
 
@@ -86,6 +87,8 @@ def run(args: argparse.Namespace) -> int:
     sizes = sorted(set(args.sizes or (axis.quick if args.quick else axis.full)))
     if len(sizes) < 2 or min(sizes) <= 0 or (args.over != "fill" and any(n % 1 for n in sizes)):
         raise ValueError(f"sizes: expected at least two different ones, whole but for fill, got {sizes}")
+    check_providers(args.provider, [case])
+    names = args.provider or [name for name in case.providers if name not in BUT]
     cases = {size: scaling.at(case, args.over, size) for size in sizes}
     meter = meter_for(device)
     limit = _limit(args.memory_limit, meter)
@@ -101,10 +104,6 @@ def run(args: argparse.Namespace) -> int:
             bar.begin(f"{axis.letter}={size:g}")
             task = sized.task(setting)
             assert task.work is not None
-            names = args.provider or [name for name in task.providers if name not in BUT]
-            for name in names:
-                if name not in task.providers:
-                    raise ValueError(f"provider: expected some of {', '.join(task.providers)}, got {name!r}")
             guard = Guard(scaling.curves(measured), size, limit)
             measured[size] = measure(
                 task,
@@ -123,9 +122,13 @@ def run(args: argparse.Namespace) -> int:
             bar.end()
         fitted = scaling.curves(measured)
         notes = [*scaling.crossovers(fitted, axis.letter), *scaling.ends(measured, axis.letter)]
-        tables = {mode: scaling.cells(mode, measured, fitted, axis.letter) for mode in args.mode}
-        for mode, cells in tables.items():
-            bar.show(scaling.table(mode, cells), [])
+        tables = {
+            f"{mode}: {label}": scaling.cells(mode, field, measured, fitted, axis.letter)
+            for mode in args.mode
+            for field, (label, _) in scaling.FIGURES.items()
+        }
+        for title, cells in tables.items():
+            bar.show(scaling.table(title, cells), [])
         for line in notes:
             bar.console.print(line, markup=False, highlight=False)
     title = (
@@ -145,9 +148,9 @@ def run(args: argparse.Namespace) -> int:
     write_json(written[2], _content(measured, fitted, notes, args.over))
     html = page.page(
         f"recattn profile: {args.op} over {args.over}",
-        notes or ["No other provider ran."],
+        [_summary(fitted, args.over), *notes],
         [plot.inline(figure)],
-        [page.table(mode, cells) for mode, cells in tables.items()],
+        [page.table(name, cells) for name, cells in tables.items()],
         environment={**details(device, dtype), "roofline": peaks.describe()},
         command=command_line(sys.argv[1:]),
         legend=f"{setup}, at the largest size. {LEGEND}",
@@ -201,6 +204,22 @@ class Guard:
         if needed <= self.limit:
             return None
         return f"it would take about {needed / 2**30:.3g} GiB, over the limit of {self.limit / 2**30:.3g}"
+
+
+def _summary(fitted: list[Curve], over: str) -> str:
+    """How recattn itself grows, in a sentence."""
+    grown = []
+    for curve in fitted:
+        time, memory = curve.exponents()
+        if curve.provider == OWN and time is not None and memory is not None:
+            grown.append(
+                f"{curve.mode} with the power {time:.2f} of {over} in time and {memory:.2f} in memory"
+            )
+    return (
+        f"recattn grows in {'; in '.join(grown)}."
+        if grown
+        else "recattn ran at too few sizes to tell its growth."
+    )
 
 
 def _content(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import pairwise
@@ -42,6 +42,10 @@ class ActivationUnit(HistoryCase):
         """What the operator and its reference take by keyword."""
         return {"activation": self.activation, "normalize": self.normalize}
 
+    @property
+    def providers(self) -> Mapping[str, Callable[[Any], Prepared]]:
+        return PROVIDERS
+
     def task(self, setting: Setting) -> Task:
         inputs = make_inputs(self, setting)
         rows, queries = inputs.keys.values.shape[0], inputs.query.shape[0]
@@ -50,12 +54,11 @@ class ActivationUnit(HistoryCase):
         hidden = ", ".join(map(str, self.hidden))
         shared = f", {self.candidates} candidates each" if self.candidates > 1 else ""
         return Task(
-            self.op,
-            self.name,
+            self,
             setting,
             f"{self.describe(inputs.keys)}{shared}, D={self.dim}, hidden ({hidden}), {self.activation},"
             f" {self.normalize}",
-            {name: partial(provider, inputs) for name, provider in PROVIDERS.items()},
+            {name: partial(provider, inputs) for name, provider in self.providers.items()},
             partial(formula, inputs),
             Work(io, rows * self.candidates * (layers + 2.0 * self.dim)),
             kinked=self.activation in KINKED,
@@ -144,7 +147,7 @@ class Inputs:
 
 
 def make_inputs(case: ActivationUnit, setting: Setting) -> Inputs:
-    """The tensors of a case; the same for the same seed, up to their dtype. Layers are initialised as `nn.Linear` is."""
+    """The tensors of a case; the same for the same seed, up to their dtype. Layers start as `nn.Linear` does."""
     generator = torch.Generator().manual_seed(setting.seed)
     query, keys = draw_histories(case, case.dim, setting, generator)
     if case.candidates > 1:

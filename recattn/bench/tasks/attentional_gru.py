@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
@@ -31,15 +31,18 @@ class AttentionalGRU(HistoryCase):
     dim: int = 36
     kind: str = "augru"
 
+    @property
+    def providers(self) -> Mapping[str, Callable[[Any], Prepared]]:
+        return PROVIDERS
+
     def task(self, setting: Setting) -> Task:
         inputs = make_inputs(self, setting)
         rows = inputs.items.values.shape[0]
         return Task(
-            self.op,
-            self.name,
+            self,
             setting,
             f"{self.describe(inputs.items)}, D={self.dim}, {self.kind}",
-            {name: partial(provider, inputs) for name, provider in PROVIDERS.items()},
+            {name: partial(provider, inputs) for name, provider in self.providers.items()},
             partial(formula, inputs),
             Work(2.0 * rows * self.dim * inputs.grad.itemsize, 12.0 * rows * self.dim**2),
         )
@@ -111,9 +114,9 @@ def formula(inputs: Inputs) -> Prepared:
     a = leaves[1] if inputs.attended else None
 
     def forward() -> Tensor:
-        padded = [None if v is None else inputs.padded(v) for v in (x, a)]
+        attention = None if a is None else inputs.padded(a)
         states, _ = reference.attentional_gru_padded(
-            padded[0], mask, padded[1], *parameters, kind=inputs.case.kind
+            inputs.padded(x), mask, attention, *parameters, kind=inputs.case.kind
         )
         return states[mask]
 

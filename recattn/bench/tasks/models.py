@@ -7,6 +7,7 @@ A library's models differ from these in more than attention, so they are compare
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -31,8 +32,13 @@ class Model(HistoryCase):
     """
 
     op = "model"
+    modes = ("inference", "training step")
     model: str = "din"
     dim: int = 32
+
+    @property
+    def providers(self) -> Mapping[str, Callable[[Any], Prepared]]:
+        return PROVIDERS
 
     def task(self, setting: Setting) -> Task:
         ids, batch = self._batch(setting)
@@ -40,18 +46,14 @@ class Model(HistoryCase):
             torch.manual_seed(setting.seed)
             model = MODELS[self.model](**ids, dim=self.dim)
         model.to(setting.device)
+        inputs = Inputs(model, batch, setting)
         return Task(
-            self.op,
-            self.name,
+            self,
             setting,
             f"{self.model}, {self.describe(batch.history)}, D={self.dim} per id",
-            {
-                "recattn": partial(prepared, model, "fused", batch, setting.dtype, setting.seed),
-                "eager": partial(prepared, model, "eager", batch, setting.dtype, setting.seed),
-            },
-            partial(prepared, model, "eager", batch, torch.float64, setting.seed),
+            {name: partial(provider, inputs) for name, provider in self.providers.items()},
+            partial(formula, inputs),
             None,
-            modes=("inference", "training step"),
             kinked=True,
         )
 
@@ -74,16 +76,38 @@ CASES = (
 )
 
 
-def prepared(
-    model: RankingModel, implementation: str, batch: Batch, dtype: torch.dtype, seed: int
-) -> Prepared:
+@dataclass(frozen=True, eq=False)
+class Inputs:
+    """A model, in float32, and a batch for it."""
+
+    model: RankingModel
+    batch: Batch
+    setting: Setting
+
+
+def formula(inputs: Inputs) -> Prepared:
+    """The eager twin in float64."""
+    return _prepared(inputs, "eager", torch.float64)
+
+
+def recattn(inputs: Inputs) -> Prepared:
+    return _prepared(inputs, "fused", inputs.setting.dtype)
+
+
+def eager(inputs: Inputs) -> Prepared:
+    """Padded PyTorch code in the place of each fused layer."""
+    return _prepared(inputs, "eager", inputs.setting.dtype)
+
+
+def _prepared(inputs: Inputs, implementation: str, dtype: torch.dtype) -> Prepared:
     """A copy of the model, which each call finds with the same random numbers ahead."""
-    model = copy.deepcopy(model).to(dtype).use(implementation)
-    batch = _labelled(batch, dtype)
+    model = copy.deepcopy(inputs.model).to(dtype).use(implementation)
+    fields: dict[str, Any] = {**vars(inputs.batch), "label": inputs.batch.label.to(dtype)}
+    batch = Batch(**fields)
     optimizer = torch.optim.Adam(model.parameters())
 
     def loss() -> Tensor:
-        torch.manual_seed(seed)
+        torch.manual_seed(inputs.setting.seed)
         return model.loss(batch)
 
     def step() -> Tensor:
@@ -93,11 +117,8 @@ def prepared(
         optimizer.step()
         return value.detach()
 
-    return Prepared(
-        loss, list(model.parameters()), None, comparing(0), infer=partial(model, batch), step=step
-    )
+    infer = partial(model, batch)
+    return Prepared(loss, list(model.parameters()), None, comparing(0), infer=infer, step=step)
 
 
-def _labelled(batch: Batch, dtype: torch.dtype) -> Batch:
-    fields: dict[str, Any] = {**vars(batch), "label": batch.label.to(dtype)}
-    return Batch(**fields)
+PROVIDERS = {"recattn": recattn, "eager": eager}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -28,16 +28,19 @@ class PairwisePool(Case):
     dim: int = 16
     hidden: int = 16
 
+    @property
+    def providers(self) -> Mapping[str, Callable[[Any], Prepared]]:
+        return PROVIDERS
+
     def task(self, setting: Setting) -> Task:
         inputs = make_inputs(self, setting)
         pairs = self.batch * self.fields * (self.fields - 1) / 2
         io = self.batch * (self.fields + 1.0) * self.dim * inputs.grad.itemsize
         return Task(
-            self.op,
-            self.name,
+            self,
             setting,
             f"B={self.batch}, {self.fields} fields of {self.dim}, hidden {self.hidden}",
-            {name: partial(provider, inputs) for name, provider in PROVIDERS.items()},
+            {name: partial(provider, inputs) for name, provider in self.providers.items()},
             partial(formula, inputs),
             Work(io, pairs * (2.0 * self.dim * (self.hidden + 1.5) + 2.0 * self.hidden)),
             kinked=True,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
@@ -27,17 +27,20 @@ class SelfAttention(HistoryCase):
     heads: int = 2
     dim: int = 32
 
+    @property
+    def providers(self) -> Mapping[str, Callable[[Any], Prepared]]:
+        return PROVIDERS
+
     def task(self, setting: Setting) -> Task:
         inputs = make_inputs(self, setting)
         width = self.heads * self.dim
         pairs = float(inputs.items.lengths.double().square().sum())
         rows = inputs.items.values.shape[0]
         return Task(
-            self.op,
-            self.name,
+            self,
             setting,
             f"{self.describe(inputs.items)}, {self.heads} heads of {self.dim}",
-            {name: partial(provider, inputs) for name, provider in PROVIDERS.items()},
+            {name: partial(provider, inputs) for name, provider in self.providers.items()},
             partial(formula, inputs),
             Work(4.0 * rows * width * inputs.grad.itemsize, 4.0 * pairs * width),
         )

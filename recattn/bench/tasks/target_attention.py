@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
@@ -29,17 +29,20 @@ class TargetAttention(HistoryCase):
     dim: int = 64
     candidates: int = 1
 
+    @property
+    def providers(self) -> Mapping[str, Callable[[Any], Prepared]]:
+        return PROVIDERS
+
     def task(self, setting: Setting) -> Task:
         inputs = make_inputs(self, setting)
         width = self.heads * self.dim
         rows, queries = inputs.keys.values.shape[0], inputs.query.shape[0]
         shared = f", {self.candidates} candidates each" if self.candidates > 1 else ""
         return Task(
-            self.op,
-            self.name,
+            self,
             setting,
             f"{self.describe(inputs.keys)}{shared}, {self.heads} heads of {self.dim}",
-            {name: partial(provider, inputs) for name, provider in PROVIDERS.items()},
+            {name: partial(provider, inputs) for name, provider in self.providers.items()},
             partial(formula, inputs),
             Work(
                 2.0 * (rows + queries) * width * inputs.query.itemsize, 4.0 * rows * self.candidates * width
