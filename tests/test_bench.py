@@ -221,7 +221,7 @@ assert "deepctr_torch.utils" not in sys.modules
 def test_a_library_that_is_missing_is_an_error_that_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch):
     for name in [name for name in sys.modules if name.partition(".")[0] == "deepctr_torch"]:
         monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setitem(sys.modules, "deepctr_torch.layers", None)
+    monkeypatch.setitem(sys.modules, "deepctr_torch", None)
     (row,) = measure(TINY.task(CPU), HostMeter(), providers=["deepctr_torch"], modes=["inference"], **QUICK)
     assert row.ms is None
     assert 'pip install "recattn[peers]"' in str(row.error)

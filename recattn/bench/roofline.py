@@ -13,6 +13,7 @@ from recattn.bench.task import Work
 from recattn.bench.timing import Meter, meter_for
 
 COPIED = 64 << 20  # bytes; more than caches hold, on most machines
+TRIES = 15  # of which the best counts: others may use the machine too
 SIDE = {"cpu": 768, "cuda": 4096}  # of the product that rates are taken from
 
 
@@ -76,7 +77,7 @@ def measured_peaks(meter: Meter, device: torch.device, dtype: torch.dtype) -> Pe
 
     def best(run: Any) -> float:
         run()
-        return min(meter.milliseconds(run) for _ in range(5)) / 1e3
+        return min(meter.milliseconds(run) for _ in range(TRIES)) / 1e3
 
     seconds = best(lambda: target.copy_(source)), best(lambda: torch.mm(factor, factor, out=product))
     return Peaks(2 * COPIED / seconds[0], 2 * side**3 / seconds[1], "measured")
