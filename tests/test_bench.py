@@ -276,6 +276,24 @@ def test_a_provider_that_fails_or_is_wrong_gets_an_error_and_the_others_figures(
     assert good.error is None
 
 
+def test_times_are_compared_round_by_round():
+    class Meter(HostMeter):
+        """The machine gets slower from call to call; the first of a round takes 1, the second 3 times as long."""
+
+        calls = 0
+
+        def milliseconds(self, run):
+            run()
+            self.calls += 1
+            return 10.0 ** (self.calls // 2) * (1, 3)[self.calls % 2]
+
+    task = task_with(recattn=activation_unit.recattn, eager=activation_unit.eager)
+    measured = measure(task, Meter(), modes=["inference"], budget=0, rounds=(4, 4))
+    own, eager = measured
+    assert (own.relative, eager.relative) == (1.0, pytest.approx(10 / 3))
+    assert report.speedups(measured) == [(own, eager, eager.relative)]
+
+
 def test_what_is_refused_is_not_run_and_says_why():
     def refuse(provider: str, mode: str) -> str | None:
         return "too much" if (provider, mode) == ("raises", "inference") else None

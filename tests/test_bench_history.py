@@ -68,6 +68,7 @@ def test_a_comparison_says_what_moved_or_that_nothing_did(tmp_path: Path):
     said = history.compare(path, runs, [replace(OLD, ms=20.0, ms_p20=19.0, ms_p80=21.0)], "there")
     assert "op, case, inference, recattn: 10 ms -> 20 ms, 2.00× slower" in said
     assert "on another machine: here" in said
+    assert "Most moved alike, 2.00× in the median" in said
     assert "no runs" in history.compare(path, [], [OLD], "here")
 
 

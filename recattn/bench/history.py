@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from datetime import datetime, timezone
@@ -98,6 +99,10 @@ def compare(path: Path, runs: Sequence[dict[str, Any]], measured: Sequence[Measu
         factor = change.factor
         verdict = "" if factor is None else f", {factor:.2f}× {'slower' if factor > 1 else 'the time'}"
         lines.append(f"  {change.name}: {change.before} -> {change.after}{verdict}")
+    factors = [change.factor for change in changes if change.factor is not None]
+    if len(factors) > len(measured) / 2 and (min(factors) > 1 or max(factors) < 1):
+        middle = statistics.median(factors)
+        lines.append(f"  Most moved alike, {middle:.2f}× in the median: look at the machine first.")
     if not changes:
         lines.append("  Nothing moved by more than a tenth and beyond its spread.")
     return "\n".join(lines)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -13,6 +14,7 @@ from torch import Tensor
 from recattn.bench.task import Prepared, Task, name_of
 from recattn.bench.timing import Meter, Run, Timing, describe, interleave, is_out_of_memory
 
+OWN = "recattn"
 # How far a result may be from the float64 reference, relative to its largest element: about twice what eager
 # code in that precision comes to in the gradients of the parameters, where most cancels.
 LIMITS = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 3e-2, torch.bfloat16: 3e-1}
@@ -42,6 +44,8 @@ class Measurement:
         error: why there are no figures.
         first_ms: the time of the first call, which compiles what is compiled.
         deviation: the error against the float64 reference, relative to the largest element.
+        relative: how many times as long as recattn's its calls take, the median over rounds. Whatever else the machine
+            did in a round fell on both, so this is steadier than the ratio of medians.
         bytes, flops: what the pass has to move and to compute at least, whoever does.
     """
 
@@ -58,6 +62,7 @@ class Measurement:
     error: str | None = None
     first_ms: float | None = None
     deviation: float | None = None
+    relative: float | None = None
     bytes: float | None = None
     flops: float | None = None
 
@@ -126,8 +131,9 @@ def measure(
                     meter.recover()
                 rows[name] = replace(row, error=describe(error))
         on_step(f"{mode}, timing")
-        for name, timing in interleave(runs, meter, budget=budget, rounds=rounds).items():
-            rows[name] = _timed(rows[name], timing)
+        timings = interleave(runs, meter, budget=budget, rounds=rounds)
+        for name, timing in timings.items():
+            rows[name] = _timed(rows[name], timing, timings.get(OWN))
         measured += rows.values()
     return measured
 
@@ -189,7 +195,12 @@ def _deviation(got: Tensor, want: Tensor, kinked: bool) -> float:
     return float(errors.kthvalue(count).values / want.abs().max().clamp_min(torch.finfo(want.dtype).tiny))
 
 
-def _timed(row: Measurement, timing: Timing | str) -> Measurement:
+def _timed(row: Measurement, timing: Timing | str, own: Timing | str | None) -> Measurement:
     if isinstance(timing, str):
         return replace(row, peak_bytes=None, error=timing)
-    return replace(row, ms=timing.ms, ms_p20=timing.percentile(20), ms_p80=timing.percentile(80))
+    relative = None
+    if isinstance(own, Timing):
+        relative = statistics.median(a / b for a, b in zip(timing.samples, own.samples, strict=True))
+    return replace(
+        row, ms=timing.ms, ms_p20=timing.percentile(20), ms_p80=timing.percentile(80), relative=relative
+    )

@@ -10,7 +10,7 @@ from typing import Any
 
 from recattn.bench.console import missing_extra
 from recattn.bench.measure import Measurement
-from recattn.bench.report import OWN
+from recattn.bench.report import OWN, times
 from recattn.bench.scaling import Axis, Curve
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart, but for black and yellow, of which one would not
@@ -89,7 +89,7 @@ def ratios(measured: Sequence[Measurement], title: str) -> Any:
         RuntimeError: if matplotlib is not installed.
         ValueError: if recattn has no figures anywhere.
     """
-    own = {(m.case, m.mode): m.ms for m in measured if m.provider == OWN and m.ms}
+    own = {(m.case, m.mode): m for m in measured if m.provider == OWN and m.ms}
     if not own:
         raise ValueError("measured: expected figures of recattn, got none")
     modes = list(dict.fromkeys(mode for _, mode in own))
@@ -101,9 +101,9 @@ def ratios(measured: Sequence[Measurement], title: str) -> Any:
     for axes, mode in zip(panels, modes, strict=True):
         for provider in providers:
             points = [
-                (m.ms / own[m.case, mode], cases.index(m.case))
+                (times(m, own[m.case, mode]), cases.index(m.case))
                 for m in measured
-                if m.provider == provider and m.mode == mode and m.ms and own.get((m.case, mode))
+                if m.provider == provider and m.mode == mode and m.ms and (m.case, mode) in own
             ]
             color, marker = _style(provider, providers)
             if points:

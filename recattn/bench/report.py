@@ -7,14 +7,13 @@ from collections.abc import Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING, NamedTuple
 
-from recattn.bench.measure import Measurement
+from recattn.bench.measure import OWN, Measurement
 from recattn.bench.roofline import Peaks
 from recattn.bench.task import Work
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-OWN = "recattn"
 COLUMNS = (
     "provider",
     "ms",
@@ -28,11 +27,11 @@ COLUMNS = (
 )
 LEFT = ("mode", "provider")
 LEGEND = (
-    "Medians of interleaved calls. faster by, smaller by: how many times the time and peak memory of recattn a"
-    " provider takes; in the row of recattn, what the fastest of the others takes. Peak memory: tensors alive at once,"
-    " inputs not counted. roofline: the least time for bytes and flops, over the time taken. error: against float64,"
-    " relative to the largest element. first call: with all that is compiled in it, and of a"
-    " training step without the optimizer."
+    "Medians of interleaved calls. faster by, smaller by: how many times the time, round by round, and the peak"
+    " memory of recattn a provider takes; in the row of recattn, what the fastest of the others takes. Peak"
+    " memory: tensors alive at once, inputs not counted. roofline: the least time for bytes and flops, over the"
+    " time taken. error: against float64, relative to the largest element. first call: with all that is compiled"
+    " in it, and of a training step without the optimizer."
 )
 
 
@@ -78,10 +77,17 @@ def rows(
     return [(m, _cells(m, fastest if m is own else own, peaks)) for m in measured]
 
 
+def times(m: Measurement, own: Measurement) -> float:
+    """How many times as long as recattn's calls those of a provider take."""
+    assert m.ms is not None
+    assert own.ms is not None
+    return m.ms / own.ms if m.relative is None else m.relative
+
+
 def fastest_other(measured: Sequence[Measurement]) -> Measurement | None:
     """The fastest that is not recattn, of measurements of one case in one mode."""
     others = [m for m in measured if m.ms is not None and not m.provider.startswith(OWN)]
-    return min(others, key=lambda m: m.ms or math.inf, default=None)
+    return min(others, key=lambda m: m.relative or m.ms or math.inf, default=None)
 
 
 def speedups(measured: Sequence[Measurement]) -> list[tuple[Measurement, Measurement, float]]:
@@ -91,8 +97,8 @@ def speedups(measured: Sequence[Measurement]) -> list[tuple[Measurement, Measure
         of_mode = list(group)
         own = next((m for m in of_mode if m.provider == OWN and m.ms), None)
         other = fastest_other(of_mode)
-        if own is not None and other is not None and own.ms and other.ms:
-            found.append((own, other, other.ms / own.ms))
+        if own is not None and other is not None:
+            found.append((own, other, times(other, own)))
     return found
 
 
@@ -134,10 +140,10 @@ def _cells(m: Measurement, other: Measurement | None, peaks: Peaks | None) -> tu
         return (m.provider, "failed", *[""] * (len(COLUMNS) - 2))
     faster = smaller = share = ""
     if other is not None and other is not m and other.ms and other.peak_bytes and m.peak_bytes:
-        factors = m.ms / other.ms, m.peak_bytes / other.peak_bytes
-        if m.provider == OWN:
-            factors = 1 / factors[0], 1 / factors[1]
-        faster, smaller = f"{factors[0]:.2f}×", f"{factors[1]:.2f}×"
+        a, b = (other, m) if m.provider == OWN else (m, other)
+        assert a.peak_bytes
+        assert b.peak_bytes
+        faster, smaller = f"{times(a, b):.2f}×", f"{a.peak_bytes / b.peak_bytes:.2f}×"
     if peaks is not None and m.bytes is not None and m.flops is not None:
         share = f"{peaks.share(Work(m.bytes, m.flops), m.ms):.0%}"
     return (

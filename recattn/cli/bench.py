@@ -63,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
     earlier = history.read(args.compare) if args.compare else []
     setting = Setting(device, dtype, read_log(args.data))
     modes = args.mode or [mode for mode in MODES if mode != "forward"]
-    budget, rounds = (1.0, (3, 50)) if args.quick else (10.0, (5, 200))
+    budget, rounds = (2.0, (5, 50)) if args.quick else (10.0, (5, 200))
     heading = f"{environment(device, dtype)}, data: {args.data}"
     sections = []
     with progress(len(cases)) as bar:

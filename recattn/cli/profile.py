@@ -21,8 +21,7 @@ from recattn.bench.console import (
 )
 from recattn.bench.environment import command_line, details, environment
 from recattn.bench.histories import SCALED_LOG
-from recattn.bench.measure import Measurement, measure
-from recattn.bench.report import OWN
+from recattn.bench.measure import OWN, Measurement, measure
 from recattn.bench.roofline import peaks_of
 from recattn.bench.scaling import AXES, Curve
 from recattn.bench.task import MODES, Case, Setting
