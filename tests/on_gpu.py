@@ -12,6 +12,7 @@ from recattn.ops import (
     activation_unit,
     activation_unit_statistics,
     attentional_gru,
+    pairwise_pool,
     self_attention,
     target_attention,
 )

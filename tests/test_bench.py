@@ -3,45 +3,57 @@ import re
 import subprocess
 import sys
 from dataclasses import replace
-from io import StringIO
 
 import pytest
 import torch
-from rich.console import Console
 
 from recattn.bench import report
-from recattn.bench.cases import CASES, SCALED_LOG, Case, Inputs, make_inputs, select_cases
-from recattn.bench.measure import (
-    MODES,
-    Inaccurate,
-    Measurement,
-    first_call,
-    measure,
-    reference_result,
-    runnable,
-)
-from recattn.bench.providers import PROVIDERS, Prepared, eager, recattn
+from recattn.bench.cases import CASES, OPERATORS, SWEPT, check_providers, select_cases
+from recattn.bench.histories import SCALED_LOG
+from recattn.bench.measure import RECORD, Inaccurate, measure, verified
+from recattn.bench.task import Case, Prepared, Setting, Task
+from recattn.bench.tasks import activation_unit
+from recattn.bench.tasks.activation_unit import ActivationUnit, make_inputs
 from recattn.bench.timing import HostMeter
 from recattn.data import Interactions
 
-CPU = torch.device("cpu")
-TINY = Case("tiny", 8, 6, 4, hidden=(5, 3), fill=0.5)
-KEYS = ["op", "case", "provider", "mode", "device", "dtype", "ms", "ms_p20", "ms_p80", "peak_bytes", "error"]
+CPU = Setting(torch.device("cpu"))
+DOUBLE = replace(CPU, dtype=torch.float64)
+TINY = ActivationUnit("tiny", batch=8, max_length=6, dim=4, hidden=(5, 3), fill=0.5)
 QUICK = {"budget": 0.0, "rounds": (1, 1)}
+SMALL = {"batch": 6, "max_length": 5, "dim": 8, "fields": 5}
 
 
-def raising(case: Case, _: Inputs) -> Prepared:
-    raise RuntimeError(f"no kernel for D={case.dim}")
+def shrunk(case: Case) -> Case:
+    """The case at small sizes."""
+    sizes: dict[str, object] = {name: size for name, size in SMALL.items() if hasattr(case, name)}
+    if getattr(case, "candidates", 1) > 1:
+        sizes["candidates"] = 3
+    if case.op == "activation_unit":
+        sizes["hidden"] = (6, 4)
+    if hasattr(case, "lengths"):
+        sizes["lengths"] = "uniform"  # with empty histories
+    return replace(case, **sizes)
 
 
-def inexact(case: Case, inputs: Inputs) -> Prepared:
-    call = eager(case, inputs)
-    return Prepared(lambda: call.forward() * 1.01, call.leaves)
+def task_with(**providers) -> Task:
+    """Providers of the tiny case, as functions of its inputs."""
+    inputs, task = make_inputs(TINY, CPU), TINY.task(CPU)
+    return replace(task, providers={name: lambda p=p: p(inputs) for name, p in providers.items()})
 
 
-def undefined(case: Case, inputs: Inputs) -> Prepared:
-    call = eager(case, inputs)
-    return Prepared(lambda: call.forward() * torch.nan, call.leaves)
+def raising(_) -> Prepared:
+    raise RuntimeError("no kernel for D=4")
+
+
+def inexact(inputs) -> Prepared:
+    call = activation_unit.eager(inputs)
+    return call._replace(forward=lambda: call.forward() * 1.01)
+
+
+def undefined(inputs) -> Prepared:
+    call = activation_unit.eager(inputs)
+    return call._replace(forward=lambda: call.forward() * torch.nan)
 
 
 def log_of(users: int, items: int) -> Interactions:
@@ -69,62 +81,121 @@ def test_quick_is_a_part_of_all_cases_with_and_without_a_log():
     assert len({case.name for case in CASES}) == len(CASES)
 
 
+def test_every_operator_has_cases_with_recattn_and_eager_code_among_the_providers():
+    assert len({case.op for case in CASES}) == len(OPERATORS)
+    assert all({"recattn", "eager"} <= set(case.providers) for case in CASES)
+    assert set(SWEPT) == {case.op for case in CASES} - {"model"}
+
+
 def test_cases_by_name_must_exist_and_have_their_log():
     assert [c.name for c in select_cases(["wide", "small"], from_log=False, quick=True)] == ["wide", "small"]
+    assert {c.op for c in select_cases(None, ["self_attention"], from_log=False, quick=False)} == {
+        "self_attention"
+    }
     with pytest.raises(ValueError, match=r"case: expected some of classic, .* got 'clasic'"):
         select_cases(["clasic"], from_log=False, quick=False)
     with pytest.raises(ValueError, match="'log-whole' takes its histories from a log"):
         select_cases(["log-whole"], from_log=False, quick=False)
+    with pytest.raises(ValueError, match=r"op: expected some of activation_unit, .* got 'softmax'"):
+        select_cases(None, ["softmax"], from_log=False, quick=False)
+    with pytest.raises(ValueError, match=r"provider: expected some of recattn, .* got 'liger'"):
+        check_providers(["liger"], CASES)
 
 
 def test_inputs_are_the_same_for_a_seed_up_to_their_dtype():
-    single, double = (make_inputs(TINY, CPU, dtype) for dtype in (torch.float32, torch.float64))
+    single, double = (make_inputs(TINY, setting) for setting in (CPU, DOUBLE))
     assert torch.equal(single.keys.values.double(), double.keys.values)
     assert torch.equal(single.weights[0].double(), double.weights[0])
-    other = make_inputs(TINY, CPU, torch.float32, seed=1)
-    assert not torch.equal(single.query, other.query)
+    assert not torch.equal(single.query, make_inputs(TINY, replace(CPU, seed=1)).query)
 
 
 def test_padding_is_zero_and_masked():
-    inputs = make_inputs(TINY, CPU, torch.float32)
+    inputs = make_inputs(TINY, CPU)
     assert inputs.padded.shape == (8, 6, 4)
     assert torch.equal(inputs.padded[inputs.mask], inputs.keys.values)
     assert not inputs.padded[~inputs.mask].any()
-    assert inputs.fill == pytest.approx(0.5, abs=0.1)
 
 
 def test_histories_of_a_log_are_its_own_with_one_embedding_per_item():
     log = log_of(users=20, items=9)
+    setting = replace(CPU, log=log)
     case = replace(TINY, batch=200, lengths="log", max_length=5)
-    inputs = make_inputs(case, CPU, torch.float32, log=log)
+    inputs = make_inputs(case, setting)
     assert set(inputs.keys.lengths.tolist()) <= set(log.history_lengths(5).tolist())
     assert inputs.keys.lengths.max() == 5
     assert len(inputs.keys.values.unique(dim=0)) <= 9
-    whole = make_inputs(replace(case, max_length=None), CPU, torch.float32, log=log)
+    whole = make_inputs(replace(case, max_length=None), setting)
     assert whole.max_length == whole.keys.lengths.max() > 5
-
-
-def test_a_case_from_a_log_needs_one():
     with pytest.raises(ValueError, match="log: expected the interactions"):
-        make_inputs(replace(TINY, lengths="log"), CPU, torch.float32)
+        make_inputs(case, CPU)
+
+
+def test_lengths_like_those_of_a_log_are_scaled_to_the_longest():
+    log = log_of(12, 5)
+    case = replace(TINY, batch=200, max_length=64, lengths=SCALED_LOG)
+    lengths = make_inputs(case, replace(CPU, log=log)).keys.lengths
+    real = log.history_lengths()
+    assert set(lengths.tolist()) <= {math.ceil(n * 64 / int(real.max())) for n in real.tolist()}
+    assert lengths.max() == 64
+    with pytest.raises(ValueError, match="log: expected the interactions"):
+        make_inputs(case, CPU)
+
+
+def test_cases_of_every_operator_take_histories_of_a_log():
+    log = log_of(users=20, items=9)
+    for case in CASES:
+        if case.needs_log and case.op != "model":
+            task = replace(shrunk(case), lengths="log").task(replace(CPU, log=log))
+            assert "L=5 (log" in task.description
 
 
 # ---------------------------------------------------------------- providers
 
 
+def first_of_each_kind() -> list[Case]:
+    """A case per operator and model, and those with candidates and without attention."""
+    kinds = {}
+    for case in CASES:
+        variant = [getattr(case, name, None) for name in ("model", "kind")]
+        kinds.setdefault((case.op, *variant, getattr(case, "candidates", 1) > 1), case)
+    return [shrunk(case) for case in kinds.values()]
+
+
+@pytest.mark.parametrize("case", first_of_each_kind(), ids=lambda case: case.name)
+def test_providers_agree_with_the_reference_in_every_mode(case: Case):
+    pytest.importorskip("deepctr_torch.layers")
+    names = [name for name in case.providers if not name.startswith(("compile", "fbgemm"))]
+    measured = measure(case.task(DOUBLE), HostMeter(), providers=names, **QUICK)
+    assert {m.mode for m in measured} == set(case.modes)
+    for m in measured:
+        if m.error is None:
+            assert m.deviation is not None
+            assert m.deviation < 1e-12, m
+        else:
+            assert m.error.startswith("NotImplementedError: "), m
+            assert m.provider not in ("recattn", "recattn_padded", "eager"), m
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", first_of_each_kind(), ids=lambda case: case.name)
+def test_compiled_providers_agree_with_the_reference(case: Case):
+    names = [name for name in case.providers if name.startswith("compile")]
+    for m in measure(case.task(DOUBLE), HostMeter(), providers=names, **QUICK):
+        assert m.error is None or "NotImplementedError" in m.error, m
+
+
+def test_fbgemm_agrees_with_the_reference():
+    pytest.importorskip("fbgemm_gpu")
+    for case in (TINY, replace(TINY, candidates=3), replace(TINY, normalize="none")):
+        for m in measure(case.task(CPU), HostMeter(), providers=["fbgemm"], **QUICK):
+            assert m.error is None, m
+
+
 @pytest.mark.parametrize("normalize", ["softmax", "none"])
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.slow if name == "compile" else ()) for name in PROVIDERS]
-)
-def test_providers_agree_with_the_reference_in_output_and_gradients(name: str, normalize: str):
-    if name == "deepctr_torch":
-        pytest.importorskip("deepctr_torch.layers")
-    case = replace(TINY, normalize=normalize, batch=16, lengths="uniform")
-    inputs = make_inputs(case, CPU, torch.float64)
-    assert (inputs.keys.lengths == 0).any()
-    run = runnable(PROVIDERS[name](case, inputs), "forward+backward", inputs.grad)
-    _, deviation = first_call(run, HostMeter(), case, inputs, reference_result(case, inputs))
-    assert deviation < 1e-12
+def test_unnormalised_attention_agrees_too(normalize: str):
+    case = replace(TINY, normalize=normalize, lengths="uniform", batch=16)
+    for m in measure(case.task(DOUBLE), HostMeter(), providers=["recattn", "eager", "eager_jagged"], **QUICK):
+        assert m.error is None, m
 
 
 def test_deepctr_torch_is_imported_without_its_version_check():
@@ -133,10 +204,10 @@ def test_deepctr_torch_is_imported_without_its_version_check():
 import sys, threading
 def fail(*_): raise SystemExit("a thread was started")
 threading.Thread.start = fail
-from recattn.bench import cases, providers
 import torch
-case = cases.CASES[4]
-providers.deepctr_torch(case, cases.make_inputs(case, torch.device("cpu"), torch.float32))
+from recattn.bench.cases import SWEPT
+from recattn.bench.task import Setting
+SWEPT["activation_unit"].task(Setting(torch.device("cpu"))).providers["deepctr_torch"]()
 assert "deepctr_torch.utils" not in sys.modules
 """
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
@@ -146,31 +217,34 @@ assert "deepctr_torch.utils" not in sys.modules
 def test_a_library_that_is_missing_is_an_error_that_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch):
     for name in [name for name in sys.modules if name.partition(".")[0] == "deepctr_torch"]:
         monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setitem(sys.modules, "deepctr_torch.layers", None)
-    inputs = make_inputs(TINY, CPU, torch.float32)
-    (row,) = measure(TINY, inputs, {"d": PROVIDERS["deepctr_torch"]}, HostMeter(), modes=["forward"], **QUICK)
+    monkeypatch.setitem(sys.modules, "deepctr_torch", None)
+    (row,) = measure(TINY.task(CPU), HostMeter(), providers=["deepctr_torch"], modes=["inference"], **QUICK)
     assert row.ms is None
     assert 'pip install "recattn[peers]"' in str(row.error)
+
+
+def test_a_training_step_changes_the_parameters_of_its_own_model_only():
+    task = next(shrunk(case) for case in CASES if case.op == "model" and not case.needs_log).task(CPU)
+    one, other = task.providers["recattn"](), task.providers["eager"]()
+    before = [p.detach().clone() for p in one.leaves]
+    one.run("training step")()
+    assert not all(torch.equal(a, b) for a, b in zip(before, one.leaves, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(before, other.leaves, strict=True))
 
 
 # ---------------------------------------------------------------- measuring
 
 
 def test_measurements_have_figures_and_records_exactly_the_schema():
-    inputs = make_inputs(TINY, CPU, torch.float32)
-    measured = measure(TINY, inputs, {"recattn": recattn, "eager": eager}, HostMeter(), **QUICK)
+    measured = measure(TINY.task(CPU), HostMeter(), providers=["recattn", "eager"], **QUICK)
     assert [(m.mode, m.provider) for m in measured] == [
-        (mode, p) for mode in MODES for p in ("recattn", "eager")
+        (mode, p) for mode in TINY.modes for p in ("recattn", "eager")
     ]
     for m in measured:
         record = m.record()
-        assert list(record) == KEYS
-        assert (record["op"], record["case"], record["device"], record["dtype"]) == (
-            "activation_unit",
-            "tiny",
-            "cpu",
-            "float32",
-        )
+        assert tuple(record) == RECORD
+        assert [record[name] for name in RECORD[:2]] == ["activation_unit", "tiny"]
+        assert (record["device"], record["dtype"]) == ("cpu", "float32")
         assert 0 < record["ms_p20"] <= record["ms"] <= record["ms_p80"]
         assert record["peak_bytes"] > 0
         assert record["error"] is None
@@ -188,9 +262,8 @@ def test_measurements_have_figures_and_records_exactly_the_schema():
     ],
 )
 def test_a_provider_that_fails_or_is_wrong_gets_an_error_and_the_others_figures(provider, said: str):
-    inputs = make_inputs(TINY, CPU, torch.float32)
-    measured = measure(TINY, inputs, {"bad": provider, "eager": eager}, HostMeter(), **QUICK)
-    bad, good = measured[0], measured[1]
+    task = task_with(bad=provider, eager=activation_unit.eager)
+    bad, good = measure(task, HostMeter(), **QUICK)[:2]
     assert bad.provider == "bad"
     assert (bad.ms, bad.ms_p20, bad.ms_p80, bad.peak_bytes) == (None, None, None, None)
     assert bad.error is not None
@@ -199,90 +272,48 @@ def test_a_provider_that_fails_or_is_wrong_gets_an_error_and_the_others_figures(
     assert good.error is None
 
 
-@pytest.mark.parametrize(("activation", "accepted"), [("sigmoid", False), ("relu", True)])
+def test_times_are_compared_round_by_round():
+    class Meter(HostMeter):
+        """The machine gets slower from call to call; the first of a round takes 1, the second 3 times as long."""
+
+        calls = 0
+
+        def milliseconds(self, run):
+            run()
+            self.calls += 1
+            return 10.0 ** (self.calls // 2) * (1, 3)[self.calls % 2]
+
+    task = task_with(recattn=activation_unit.recattn, eager=activation_unit.eager)
+    measured = measure(task, Meter(), modes=["inference"], budget=0, rounds=(4, 4))
+    own, eager = measured
+    assert (own.relative, eager.relative) == (1.0, pytest.approx(10 / 3))
+    assert report.speedups(measured) == [(own, eager, eager.relative)]
+
+
+def test_what_is_refused_is_not_run_and_says_why():
+    def refuse(provider: str, mode: str) -> str | None:
+        return "too much" if (provider, mode) == ("raises", "inference") else None
+
+    task = task_with(raises=raising)
+    measured = measure(task, HostMeter(), modes=["inference", "forward"], refuse=refuse, **QUICK)
+    assert [m.error for m in measured] == ["MemoryError: too much", "RuntimeError: no kernel for D=4"]
+
+
+@pytest.mark.parametrize(("kinked", "accepted"), [(False, False), (True, True)])
 def test_a_gradient_may_be_wrong_in_single_places_only_where_the_activation_has_a_kink(
-    activation: str, accepted: bool
+    kinked: bool, accepted: bool
 ):
-    case = replace(TINY, batch=100, activation=activation)
-    inputs = make_inputs(case, CPU, torch.float32)
-    run = runnable(eager(case, inputs), "forward+backward", inputs.grad)
-    expected = reference_result(case, inputs)
-
-    def one_flipped() -> list[torch.Tensor]:
-        out, query, *others = run()
-        query[3, 2] += 1
-        return [out, query, *others]
-
-    def one_wrong() -> list[torch.Tensor]:
-        out, *others = run()
-        out[3, 2] += 1
-        return [out, *others]
-
+    case = replace(TINY, batch=100)
+    task = replace(case.task(CPU), kinked=kinked)
+    expected = task.reference().result("forward+backward")
+    flipped = [part.clone() for part in expected]
+    flipped[1][3, 2] += 1
+    wrong = [part.clone() for part in expected]
+    wrong[0][3, 2] += 1
     if accepted:
-        assert first_call(one_flipped, HostMeter(), case, inputs, expected)[1] < 1e-4
+        assert verified(flipped, expected, task) < 1e-4
     else:
         with pytest.raises(Inaccurate):
-            first_call(one_flipped, HostMeter(), case, inputs, expected)
+            verified(flipped, expected, task)
     with pytest.raises(Inaccurate):
-        first_call(one_wrong, HostMeter(), case, inputs, expected)
-
-
-# ---------------------------------------------------------------- reports
-
-
-def measurement(provider: str, mode: str, ms: float, peak_bytes: int, **more: object) -> Measurement:
-    return Measurement(
-        "activation_unit", "c", provider, mode, "cpu", "float32", ms, ms * 0.9, ms * 1.1, peak_bytes, **more
-    )
-
-
-MEASURED = [
-    measurement("recattn", "forward", 2.0, 2**20),
-    measurement("eager", "forward", 13.0, 30 * 2**20, first_ms=5e3, deviation=2e-7),
-    Measurement("activation_unit", "c", "compile", "forward", "cpu", "float32", error="no compiler"),
-    measurement("recattn", "forward+backward", 4.0, 2**20),
-    measurement("eager", "forward+backward", 10.0, 3 * 2**20),
-]
-
-
-def test_ratios_are_to_recattn_in_the_same_mode_and_an_error_has_none():
-    text = report.markdown("title", MEASURED)
-    table, failures = text.rsplit("\n\n", 1)
-    assert failures == "- c, forward, compile: no compiler\n"
-    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()[4:]]
-    assert lines == [
-        ["forward", "recattn", "2.00", "1.80–2.20", "", "1.00", "", "", ""],
-        [
-            "forward",
-            "eager",
-            "13.00",
-            "11.70–14.30",
-            "6.50×",
-            "30.00",
-            "30.00×",
-            "2e-07",
-            "first call 5.0 s",
-        ],
-        ["forward", "compile", "failed", "", "", "", "", "", ""],
-        ["forward+backward", "recattn", "4.00", "3.60–4.40", "", "1.00", "", "", ""],
-        ["forward+backward", "eager", "10.00", "9.00–11.00", "2.50×", "3.00", "3.00×", "", ""],
-    ]
-
-
-def test_a_table_shows_every_measurement():
-    console = Console(width=130, file=StringIO())
-    console.print(report.table("title", MEASURED))
-    text = console.file.getvalue()
-    for word in ("title", "forward+backward", "6.50×", "failed", "first call 5.0 s"):
-        assert word in text
-
-
-def test_lengths_like_those_of_a_log_are_scaled_to_the_longest():
-    log = log_of(12, 5)
-    case = Case("scaled", 200, 64, 8, lengths=SCALED_LOG)
-    lengths = make_inputs(case, torch.device("cpu"), torch.float32, log=log).keys.lengths
-    real = log.history_lengths()
-    assert set(lengths.tolist()) <= {math.ceil(n * 64 / int(real.max())) for n in real.tolist()}
-    assert lengths.max() == 64
-    with pytest.raises(ValueError, match="log: expected the interactions"):
-        make_inputs(case, torch.device("cpu"), torch.float32)
+        verified(wrong, expected, task)

@@ -2,20 +2,48 @@ import json
 import re
 import subprocess
 import sys
+from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 import torch
 
 from recattn import cli
-from recattn.bench.cases import Case, Inputs
-from recattn.bench.providers import PROVIDERS, Prepared
+from recattn.bench.measure import RECORD
+from recattn.bench.task import Prepared
+from recattn.bench.tasks import activation_unit
 
-KEYS = ["op", "case", "provider", "mode", "device", "dtype", "ms", "ms_p20", "ms_p80", "peak_bytes", "error"]
+VOID = {"meta", "link", "br", "img"}
 
 
-def raising(case: Case, _: Inputs) -> Prepared:
-    raise RuntimeError(f"no kernel for D={case.dim}")
+def raising(inputs: activation_unit.Inputs) -> Prepared:
+    raise RuntimeError(f"no kernel for D={inputs.case.dim}")
+
+
+class Page(HTMLParser):
+    """Checks that tags match, and collects what a page would have to load."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.loaded: list[str] = []
+        self.seen: set[str] = set()
+        self.feed(text)
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.seen.add(tag)
+        if tag not in VOID:
+            self.open.append(tag)
+        self.loaded += [v for k, v in attrs if k in ("src", "href", "xlink:href") and v and v[0] != "#"]
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attrs)
+        if tag not in VOID:
+            self.open.pop()
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
 
 
 @pytest.fixture
@@ -26,24 +54,39 @@ def one_thread():
 
 
 @pytest.mark.usefixtures("one_thread")
-def test_bench_writes_records_and_tables(
+def test_bench_writes_records_tables_a_page_and_a_history_to_compare_with(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    monkeypatch.setitem(PROVIDERS, "raising", raising)
+    monkeypatch.setitem(activation_unit.PROVIDERS, "raising", raising)
     command = ["bench", "--quick", "--case", "small", "--provider", "recattn", "eager", "raising"]
     command += ["--dtype", "bfloat16", "--device", "cpu"]
-    files = ["--json", str(tmp_path / "a" / "b.json"), "--output", str(tmp_path / "results")]
+    results = tmp_path / "results"
+    files = ["--json", str(tmp_path / "a" / "b.json"), "--output", str(results)]
     assert cli.main([*command, *files]) == 0
     records = json.loads((tmp_path / "a" / "b.json").read_text())
-    assert [list(record) for record in records] == [KEYS] * 6
+    assert [tuple(record) for record in records] == [RECORD] * 6
     assert [record["error"] is None for record in records] == [True, True, False] * 2
     assert {record["dtype"] for record in records} == {"bfloat16"}
-    assert json.loads((tmp_path / "results" / "bench.json").read_text()) == records
+    assert json.loads((results / "bench.json").read_text()) == records
     said = capsys.readouterr().out
-    for text in (said, (tmp_path / "results" / "bench.md").read_text()):
-        assert "1 of" in text
+    page = (results / "bench.html").read_text()
+    for text in (said, (results / "bench.md").read_text(), page):
         assert "small: B=256, L=20" in text
-        assert "small, forward, raising: RuntimeError: no kernel for D=16" in text
+        assert "small, raising, inference, forward+backward: RuntimeError: no kernel for D=16" in text
+        assert "Against the fastest other provider" in text
+    parsed = Page(page)
+    assert parsed.loaded == []
+    assert {"svg", "table"} <= parsed.seen
+    assert "prefers-color-scheme: dark" in page
+    assert (results / "bench.png").read_bytes().startswith(b"\x89PNG")
+    assert (results / "bench.svg").read_text().startswith("<?xml")
+    (run,) = map(json.loads, (results / "history.jsonl").read_text().splitlines())
+    assert len(run["records"]) == 6
+    assert {"time", "command", "commit", "machine"} <= set(run)
+    history = ["--compare", str(results / "history.jsonl"), "--history", str(tmp_path / "h.jsonl")]
+    assert cli.main([*command, *history]) == 0
+    assert "Against " in capsys.readouterr().out
+    assert (tmp_path / "h.jsonl").is_file()
 
 
 @pytest.mark.usefixtures("one_thread")
@@ -55,7 +98,9 @@ def test_bench_reads_a_log_from_a_folder(tmp_path: Path):
     arguments = ["--data", str(tmp_path), "--case", "log-last-50", "--provider", "recattn", "--quick"]
     assert cli.main(["bench", *arguments, "--json", str(tmp_path / "out.json")]) == 0
     records = json.loads((tmp_path / "out.json").read_text())
-    assert [(r["case"], r["error"]) for r in records] == [("log-last-50", None)] * 2
+    assert [(r["case"], r["mode"], r["error"]) for r in records] == [
+        ("log-last-50", mode, None) for mode in ("inference", "forward+backward")
+    ]
 
 
 @pytest.mark.parametrize(
@@ -65,6 +110,8 @@ def test_bench_reads_a_log_from_a_folder(tmp_path: Path):
         ("--provider liger", "provider: expected some of recattn, .*got 'liger'"),
         ("--case log-whole", "takes its histories from a log"),
         ("--data /nowhere", "path: expected a folder"),
+        ("--op softmax", "op: expected some of activation_unit"),
+        ("--compare /nowhere.jsonl", "No such file"),
         ("--device meta", "device: expected cpu or cuda, got meta"),
     ],
 )

@@ -40,6 +40,16 @@ def add_device_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_data_argument(parser: argparse.ArgumentParser, meaning: str) -> None:
+    """`--data`."""
+    parser.add_argument(
+        "--data",
+        default="synthetic",
+        metavar="synthetic|movielens|PATH",
+        help=f"{meaning}: generated, of MovieLens-100K, or of a MovieLens data set in a folder (default: %(default)s)",
+    )
+
+
 def chosen_device(args: argparse.Namespace) -> tuple[torch.device, torch.dtype]:
     """What `add_device_arguments` parsed; sets the number of threads.
 
@@ -82,7 +92,7 @@ class Steps:
         """What came out."""
         self.console.print(table)
         for line in failures:
-            self.console.print(line, style="red", markup=False)
+            self.console.print(line, style="red", markup=False, highlight=False)
 
     def end(self) -> None:
         """This piece of work is done."""

@@ -1,27 +1,37 @@
-"""Measures providers on a case: right first, then fast."""
+"""Measures providers on a task: right first, then fast."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+import statistics
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from recattn import reference
-from recattn.bench.cases import Case, Inputs
-from recattn.bench.providers import Prepared, Provider
-from recattn.bench.timing import Meter, Timing, describe, interleave
+from recattn.bench.task import Prepared, Task, name_of
+from recattn.bench.timing import Meter, Run, Timing, describe, interleave, is_out_of_memory
 
-OP = "activation_unit"
-MODES = ("forward", "forward+backward")
+OWN = "recattn"
 # How far a result may be from the float64 reference, relative to its largest element: about twice what eager
 # code in that precision comes to in the gradients of the parameters, where most cancels.
 LIMITS = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 3e-2, torch.bfloat16: 3e-1}
-KINKED = ("relu", "leaky_relu", "prelu")
 REDUCED_FLOAT32_LIMIT = 1e-2  # where float32 products may be rounded to TF32 or bfloat16
+RECORD = (
+    "op",
+    "case",
+    "provider",
+    "mode",
+    "device",
+    "dtype",
+    "ms",
+    "ms_p20",
+    "ms_p80",
+    "peak_bytes",
+    "error",
+)
 
 
 @dataclass(frozen=True)
@@ -34,6 +44,9 @@ class Measurement:
         error: why there are no figures.
         first_ms: the time of the first call, which compiles what is compiled.
         deviation: the error against the float64 reference, relative to the largest element.
+        relative: how many times as long as recattn's its calls take, the median over rounds. Whatever else the machine
+            did in a round fell on both, so this is steadier than the ratio of medians.
+        bytes, flops: what the pass has to move and to compute at least, whoever does.
     """
 
     op: str
@@ -49,10 +62,14 @@ class Measurement:
     error: str | None = None
     first_ms: float | None = None
     deviation: float | None = None
+    relative: float | None = None
+    bytes: float | None = None
+    flops: float | None = None
 
     def record(self) -> dict[str, Any]:
-        """What goes into a file of results: the fields from `op` to `error`."""
-        return {name: value for name, value in asdict(self).items() if name not in ("first_ms", "deviation")}
+        """What goes into a file of results."""
+        fields = asdict(self)
+        return {name: fields[name] for name in RECORD}
 
 
 class Inaccurate(ArithmeticError):
@@ -60,83 +77,110 @@ class Inaccurate(ArithmeticError):
 
 
 def measure(
-    case: Case,
-    inputs: Inputs,
-    providers: Mapping[str, Provider],
+    task: Task,
     meter: Meter,
     *,
-    modes: Sequence[str] = MODES,
+    providers: Sequence[str] | None = None,
+    modes: Sequence[str] | None = None,
     budget: float = 10.0,
     rounds: tuple[int, int] = (5, 200),
+    check: bool = True,
+    refuse: Callable[[str, str], str | None] = lambda provider, mode: None,
     on_step: Callable[[str], None] = lambda _: None,
 ) -> list[Measurement]:
-    """Measures all providers in each mode.
+    """Measures providers in each mode that makes sense of the task.
 
-    `"forward"` is inference, without a graph; `"forward+backward"` also computes the gradients of query,
-    keys, weights and biases. A provider that raises, or whose result is further than `LIMITS` from the
-    float64 reference, gets a measurement with an error, and the others go on.
+    A provider that raises, or whose result is further than `LIMITS` from the float64 reference, gets a measurement with
+    an error, and the others go on.
 
     Args:
+        providers, modes: some of them; those that the task does not have are left out.
         budget: seconds of timed rounds per mode.
         rounds: at least and at most so many timed rounds.
+        check: whether to compare results, which for a huge case takes more than timing it.
+        refuse: says of a provider in a mode why not to run it, if so.
         on_step: called with what comes next, in words.
     """
-    on_step("float64 reference")
-    expected = reference_result(case, inputs)
+    torch.compiler.reset()  # else shapes of cases before count as too many to compile for
+    names = [name for name in task.providers if providers is None or name in providers]
+    prepared: dict[str, Prepared] = {}
+    reference = task.reference() if check else None
     measured: list[Measurement] = []
-    for mode in modes:
-        rows, runs = {}, {}
-        for name, provider in providers.items():
-            row = Measurement(OP, case.name, name, mode, inputs.query.device.type, _name(inputs.query.dtype))
+    for mode in task.case.modes:
+        if modes is not None and mode not in modes:
+            continue
+        expected = None
+        if reference is not None:
+            on_step(f"{mode}, float64 reference")
+            expected = reference.result(mode)
+        rows: dict[str, Measurement] = {}
+        runs: dict[str, Run] = {}
+        for name in names:
+            row = _row(task, name, mode)
             on_step(f"{mode}, first call of {name}")
+            refused = refuse(name, mode)
             try:
-                run = runnable(provider(case, inputs), mode, inputs.grad)
-                first_ms, deviation = first_call(run, meter, case, inputs, expected)
-                on_step(f"{mode}, memory of {name}")
-                peak = meter.peak_bytes(run)
+                if refused is not None:
+                    raise MemoryError(refused)
+                if name not in prepared:
+                    prepared[name] = task.providers[name]()
+                rows[name], runs[name] = _prove(row, prepared[name], meter, task, mode, expected)
             except Exception as error:
+                if is_out_of_memory(error):
+                    prepared.pop(name, None)
+                    meter.recover()
                 rows[name] = replace(row, error=describe(error))
-                continue
-            rows[name] = replace(row, first_ms=first_ms, deviation=deviation, peak_bytes=peak)
-            runs[name] = run
         on_step(f"{mode}, timing")
-        for name, timing in interleave(runs, meter, budget=budget, rounds=rounds).items():
-            rows[name] = _timed(rows[name], timing)
+        timings = interleave(runs, meter, budget=budget, rounds=rounds)
+        for name, timing in timings.items():
+            rows[name] = _timed(rows[name], timing, timings.get(OWN))
         measured += rows.values()
     return measured
 
 
-def runnable(call: Prepared, mode: str, grad: Tensor) -> Callable[[], list[Tensor]]:
-    """What is timed: a function that returns the output and, with backward, the gradients of the leaves."""
-    if mode == "forward":
-        return torch.no_grad()(lambda: [call.forward()])
-
-    def forward_backward() -> list[Tensor]:
-        out = call.forward()
-        return [out.detach(), *torch.autograd.grad(out, call.leaves, grad)]
-
-    return forward_backward
+def _row(task: Task, provider: str, mode: str) -> Measurement:
+    device, dtype = task.setting.device.type, name_of(task.setting.dtype)
+    row = Measurement(task.case.op, task.case.name, provider, mode, device, dtype)
+    if task.work is None:
+        return row
+    work = task.work.of(mode)
+    return replace(row, bytes=work.bytes, flops=work.flops)
 
 
-def first_call(
-    run: Callable[[], list[Tensor]], meter: Meter, case: Case, inputs: Inputs, expected: list[Tensor]
-) -> tuple[float, float]:
-    """Its time in milliseconds, and how far the result is from the expected one.
+def _prove(
+    row: Measurement,
+    prepared: Prepared,
+    meter: Meter,
+    task: Task,
+    mode: str,
+    expected: Sequence[Tensor] | None,
+) -> tuple[Measurement, Run]:
+    """The first call, which must be right, and the memory of the next; and what to time."""
+    deviation = None
+    results: list[list[Tensor]] = []
+    first_ms = meter.milliseconds(lambda: results.append(prepared.result(mode)))
+    if expected is not None:
+        deviation = verified(results[0], expected, task)
+    results.clear()
+    run = prepared.run(mode)
+    peak = meter.peak_bytes(run)
+    return replace(row, first_ms=first_ms, deviation=deviation, peak_bytes=peak), meter.ready(run)
+
+
+def verified(result: Sequence[Tensor], expected: Sequence[Tensor], task: Task) -> float:
+    """How far the result is from the expected one.
 
     Raises:
         Inaccurate: if that is further than `LIMITS`.
     """
-    result: list[Tensor] = []
-    first_ms = meter.milliseconds(lambda: result.extend(run()))
-    kinked = case.activation in KINKED
-    parts = enumerate(zip(_parts(result, inputs.mask), expected, strict=False))
-    deviation = max(_deviation(got, want, kinked and bool(part)) for part, (got, want) in parts)
-    limit = LIMITS[inputs.query.dtype]
-    if inputs.query.dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest":
+    parts = enumerate(zip(result, expected, strict=True))
+    deviation = max(_deviation(got, want, task.kinked and bool(part)) for part, (got, want) in parts)
+    limit = LIMITS[task.setting.dtype]
+    if task.setting.dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest":
         limit = REDUCED_FLOAT32_LIMIT
     if not deviation <= limit:
         raise Inaccurate(f"{deviation:.1e} from the float64 reference, where {limit:.0e} is the limit")
-    return first_ms, deviation
+    return deviation
 
 
 def _deviation(got: Tensor, want: Tensor, kinked: bool) -> float:
@@ -151,36 +195,12 @@ def _deviation(got: Tensor, want: Tensor, kinked: bool) -> float:
     return float(errors.kthvalue(count).values / want.abs().max().clamp_min(torch.finfo(want.dtype).tiny))
 
 
-def _parts(result: list[Tensor], mask: Tensor) -> list[Tensor]:
-    """What is compared: output, gradients of the query, of the keys `[T, D]`, and of all parameters together.
-
-    Together, since softmax makes the gradient of the last bias 0, whose relative error means nothing.
-    """
-    if len(result) == 1:
-        return result
-    out, query, keys, *parameters = result
-    keys = keys[mask] if keys.dim() == 3 else keys
-    return [out, query, keys, torch.cat([p.reshape(-1) for p in parameters])]
-
-
-def reference_result(case: Case, inputs: Inputs) -> list[Tensor]:
-    """What `first_call` expects, in float64."""
-    query, keys, *layers = leaves = [
-        t.detach().double().requires_grad_()
-        for t in (inputs.query, inputs.keys.values, *inputs.weights, *inputs.biases)
-    ]
-    weights, biases = layers[: len(inputs.weights)], layers[len(inputs.weights) :]
-    out = reference.activation_unit(query, keys, inputs.keys.offsets, weights, biases, **case.options)
-    assert isinstance(out, Tensor)
-    gradients = torch.autograd.grad(out, leaves, inputs.grad.double())
-    return _parts([out.detach(), *gradients], inputs.mask)
-
-
-def _timed(row: Measurement, timing: Timing | str) -> Measurement:
+def _timed(row: Measurement, timing: Timing | str, own: Timing | str | None) -> Measurement:
     if isinstance(timing, str):
         return replace(row, peak_bytes=None, error=timing)
-    return replace(row, ms=timing.ms, ms_p20=timing.percentile(20), ms_p80=timing.percentile(80))
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+    relative = None
+    if isinstance(own, Timing):
+        relative = statistics.median(a / b for a, b in zip(timing.samples, own.samples, strict=True))
+    return replace(
+        row, ms=timing.ms, ms_p20=timing.percentile(20), ms_p80=timing.percentile(80), relative=relative
+    )

@@ -7,7 +7,8 @@ import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -23,6 +24,18 @@ class Meter(Protocol):
 
     def peak_bytes(self, run: Run) -> int:
         """The most bytes of tensors alive at once during the call, over those alive before it."""
+        ...
+
+    def ready(self, run: Run) -> Run:
+        """The call as it is to be timed, after it was made once."""
+        ...
+
+    def available_bytes(self) -> int | None:
+        """How much memory is free, if anyone knows."""
+        ...
+
+    def recover(self) -> None:
+        """After a call that ran out of memory."""
         ...
 
 
@@ -46,6 +59,19 @@ class HostMeter:
         sizes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
         return int(np.cumsum([0, *sizes]).max())
 
+    def ready(self, run: Run) -> Run:
+        return run
+
+    def available_bytes(self) -> int | None:
+        meminfo = Path("/proc/meminfo")
+        if not meminfo.is_file():
+            return None
+        fields = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
+        return int(fields["MemAvailable"].split()[0]) * 1024
+
+    def recover(self) -> None:
+        gc.collect()
+
 
 class AcceleratorMeter:
     """CUDA and ROCm: device events, and the statistics of the caching allocator.
@@ -53,21 +79,25 @@ class AcceleratorMeter:
     Args:
         device: a CUDA device.
         cold: whether to overwrite the L2 cache before each timed call.
+        graph: whether to time replays of a graph of the call, without what launching its kernels costs the host.
+        runtime: what has the interface of `torch.cuda`.
     """
 
-    def __init__(self, device: torch.device, cold: bool = False) -> None:
-        self.device = device
+    def __init__(
+        self, device: torch.device, cold: bool = False, graph: bool = False, runtime: Any = torch.cuda
+    ) -> None:
+        self.device, self.graph, self.runtime = device, graph, runtime
         self._flush: torch.Tensor | None = None
         if cold:
-            size = torch.cuda.get_device_properties(device).L2_cache_size
+            size = runtime.get_device_properties(device).L2_cache_size
             self._flush = torch.empty(4 * size, dtype=torch.int8, device=device)
 
     def milliseconds(self, run: Run) -> float:
-        with torch.cuda.device(self.device):
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        with self.runtime.device(self.device):
+            begin, end = (self.runtime.Event(enable_timing=True) for _ in range(2))
             if self._flush is not None:
                 self._flush.zero_()
-            torch.cuda.synchronize()
+            self.runtime.synchronize()
             begin.record()
             run()
             end.record()
@@ -76,27 +106,52 @@ class AcceleratorMeter:
 
     def peak_bytes(self, run: Run) -> int:
         gc.collect()
-        torch.cuda.synchronize(self.device)
-        torch.cuda.reset_peak_memory_stats(self.device)
-        before = torch.cuda.memory_allocated(self.device)
+        self.runtime.synchronize(self.device)
+        self.runtime.reset_peak_memory_stats(self.device)
+        before = self.runtime.memory_allocated(self.device)
         run()
-        torch.cuda.synchronize(self.device)
-        return torch.cuda.max_memory_allocated(self.device) - before
+        self.runtime.synchronize(self.device)
+        return self.runtime.max_memory_allocated(self.device) - before
+
+    def ready(self, run: Run) -> Run:
+        if not self.graph:
+            return run
+        with self.runtime.device(self.device):
+            side = self.runtime.Stream()
+            side.wait_stream(self.runtime.current_stream())
+            with self.runtime.stream(side):  # what is made in the first calls is not to be captured
+                for _ in range(3):
+                    run()
+            self.runtime.current_stream().wait_stream(side)
+            graph = self.runtime.CUDAGraph()
+            with self.runtime.graph(graph):
+                run()
+        return graph.replay
+
+    def available_bytes(self) -> int | None:
+        free, _ = self.runtime.mem_get_info(self.device)
+        return free
+
+    def recover(self) -> None:
+        gc.collect()
+        self.runtime.empty_cache()
 
 
-def meter_for(device: torch.device, cold: bool = False) -> Meter:
+def meter_for(device: torch.device, cold: bool = False, graph: bool = False) -> Meter:
     """The meter of a device.
 
     Raises:
         ValueError: for a device that is neither a CPU nor CUDA (which ROCm counts as), and for a cold cache
-            on a CPU.
+            or graphs on a CPU.
     """
     if device.type == "cuda":
-        return AcceleratorMeter(device, cold)
+        return AcceleratorMeter(device, cold, graph)
     if device.type != "cpu":
         raise ValueError(f"device: expected cpu or cuda, got {device}")
     if cold:
         raise ValueError("cold: expected False for a CPU, whose cache is not flushed, got True")
+    if graph:
+        raise ValueError("graph: expected False for a CPU, which has no graphs, got True")
     return HostMeter()
 
 
@@ -159,3 +214,9 @@ def describe(error: Exception) -> str:
     lines = str(error).strip().splitlines()
     text = f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
     return text if len(text) <= 200 else text[:199] + "…"
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether that is why a call failed."""
+    text = str(error)
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in text

@@ -1,16 +1,18 @@
-"""`recattn bench`: operators against eager code, `torch.compile` and installed libraries."""
+"""`recattn bench`: operators and models against eager code, `torch.compile` and installed libraries."""
 
 from __future__ import annotations
 
 import argparse
+import sys
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
-from recattn.bench import library, report
-from recattn.bench.cases import CASES, make_inputs, select_cases
+from recattn.bench import history, library, page, plot, report
+from recattn.bench.cases import CASES, check_providers, select_cases
 from recattn.bench.console import (
+    add_data_argument,
     add_device_arguments,
     chosen_device,
     progress,
@@ -18,24 +20,25 @@ from recattn.bench.console import (
     write_json,
     write_records,
 )
+from recattn.bench.environment import command_line, commit, details, environment, machine
 from recattn.bench.libraries import LIBRARIES, Sizes
 from recattn.bench.measure import Measurement, measure
-from recattn.bench.providers import PROVIDERS
+from recattn.bench.report import Section
+from recattn.bench.roofline import Peaks, peaks_of
+from recattn.bench.task import MODES, Setting
 from recattn.bench.timing import meter_for
 from recattn.swap import SEMANTICS
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--quick", action="store_true", help="fewer cases and rounds: a minute or two")
-    parser.add_argument(
-        "--data",
-        default="synthetic",
-        metavar="synthetic|movielens|PATH",
-        help="histories: of generated lengths, of MovieLens-100K, or of a MovieLens data set in a folder"
-        " (default: %(default)s)",
-    )
+    parser.add_argument("--quick", action="store_true", help="fewer cases and rounds: some minutes")
+    add_data_argument(parser, "histories")
+    parser.add_argument("--op", nargs="+", metavar="NAME", help=", ".join(dict.fromkeys(c.op for c in CASES)))
     parser.add_argument("--case", nargs="+", metavar="NAME", help=", ".join(case.name for case in CASES))
-    parser.add_argument("--provider", nargs="+", metavar="NAME", help=", ".join(PROVIDERS))
+    parser.add_argument("--provider", nargs="+", metavar="NAME", help="some of those that a case has")
+    parser.add_argument(
+        "--mode", nargs="+", choices=MODES, help="default: all but forward, which keeps a graph and drops it"
+    )
     parser.add_argument(
         "--library",
         choices=LIBRARIES,
@@ -49,48 +52,99 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_device_arguments(parser)
     parser.add_argument("--cold", action="store_true", help="overwrite the GPU's L2 cache before each call")
+    parser.add_argument("--graph", action="store_true", help="time replays of a CUDA graph of each call")
     parser.add_argument(
         "--json", type=Path, metavar="FILE", help="write the measurements as a list of records"
     )
-    parser.add_argument("--output", type=Path, metavar="DIR", help="write bench.json and bench.md")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        metavar="DIR",
+        help="write bench.json, bench.md, bench.html, and a picture as PNG and SVG",
+    )
+    parser.add_argument(
+        "--history",
+        type=Path,
+        metavar="FILE",
+        help="append this run to a file of JSON lines (default: history.jsonl in --output, if that is given)",
+    )
+    parser.add_argument("--compare", type=Path, metavar="FILE", help="print what moved since such a file")
 
 
 def run(args: argparse.Namespace) -> int:
     """Returns 1 if recattn itself failed somewhere; another provider that fails is a row of the table."""
     device, dtype = chosen_device(args)
-    meter = meter_for(device, args.cold)
     if args.library:
         return _run_library(args, device, dtype)
-    names = args.provider or list(PROVIDERS)
-    for name in names:
-        if name not in PROVIDERS:
-            raise ValueError(f"provider: expected some of {', '.join(PROVIDERS)}, got {name!r}")
-    providers = {name: PROVIDERS[name] for name in names}
-    cases = select_cases(args.case, from_log=args.data != "synthetic", quick=args.quick)
-    log = read_log(args.data)
-    heading = f"activation_unit on {report.environment(device, dtype)}, data: {args.data}"
-    budget, rounds = (2.0, (3, 50)) if args.quick else (10.0, (5, 200))
-    measured: list[Measurement] = []
+    meter = meter_for(device, args.cold, args.graph)
+    cases = select_cases(args.case, args.op, from_log=args.data != "synthetic", quick=args.quick)
+    check_providers(args.provider, cases)
+    earlier = history.read(args.compare) if args.compare else []
+    setting = Setting(device, dtype, read_log(args.data))
+    modes = args.mode or [mode for mode in MODES if mode != "forward"]
+    budget, rounds = (2.0, (5, 50)) if args.quick else (10.0, (5, 200))
+    heading = f"{environment(device, dtype)}, data: {args.data}"
     sections = []
     with progress(len(cases)) as bar:
         bar.console.print(heading, markup=False)
+        peaks = peaks_of(device, dtype)
+        bar.console.print(f"roofline: {peaks.describe()}", markup=False)
         for case in cases:
             bar.begin(case.name)
-            inputs = make_inputs(case, device, dtype, log=log)
-            results = measure(case, inputs, providers, meter, budget=budget, rounds=rounds, on_step=bar.say)
-            title = f"{case.name}: {case.describe(inputs.fill)}"
-            bar.show(report.table(title, results), report.failures(results))
-            sections.append(report.markdown(title, results))
-            measured += results
+            task = case.task(setting)
+            measured = measure(
+                task,
+                meter,
+                providers=args.provider,
+                modes=modes,
+                budget=budget,
+                rounds=rounds,
+                on_step=bar.say,
+            )
+            found = Section(f"{case.op}, {case.name}: {task.description}", measured)
+            bar.show(report.table(found, peaks), report.failures(measured))
+            sections.append(found)
             bar.end()
+        measured = [m for found in sections for m in found.measured]
         bar.console.print(report.LEGEND, style="dim")
+        bar.console.print(report.summary(measured), markup=False, highlight=False)
+        if args.compare:
+            moved = history.compare(args.compare, earlier, measured, machine(device))
+            bar.console.print(moved, markup=False, highlight=False)
     if args.json is not None:
         write_records(args.json, measured)
+    log = args.history or (args.output and args.output / "history.jsonl")
+    if log is not None:
+        command = command_line(sys.argv[1:])
+        history.append(log, measured, command=command, commit=commit(), machine=machine(device))
     if args.output is not None:
-        write_records(args.output / "bench.json", measured)
-        text = "\n".join([f"# Benchmark\n\n{heading}.\n\n{report.LEGEND}\n", *sections])
-        (args.output / "bench.md").write_text(text, encoding="utf-8")
+        _write(args.output, heading, sections, peaks, details(device, dtype))
     return int(any(m.error for m in measured if m.provider == "recattn"))
+
+
+def _write(folder: Path, heading: str, sections: list[Section], peaks: Peaks, found: dict[str, str]) -> None:
+    """The files of `--output`."""
+    measured: list[Measurement] = [m for section in sections for m in section.measured]
+    write_records(folder / "bench.json", measured)
+    summary = report.summary(measured)
+    content = [f"# Benchmark\n\n{summary}\n\n{heading}.\n\n{report.LEGEND}\n"]
+    content += [report.markdown(section, peaks) for section in sections]
+    (folder / "bench.md").write_text("\n".join(content), encoding="utf-8")
+    pictures = []
+    if any(m.ms for m in measured if m.provider == report.OWN):
+        figure = plot.ratios(measured, heading)
+        plot.save(figure, folder / "bench")
+        pictures.append(plot.inline(figure))
+    html = page.page(
+        "recattn bench",
+        [summary],
+        pictures,
+        [page.section(section, peaks) for section in sections],
+        environment={**found, "roofline": peaks.describe()},
+        command=command_line(sys.argv[1:]),
+        legend=report.LEGEND,
+    )
+    (folder / "bench.html").write_text(html, encoding="utf-8")
 
 
 def _run_library(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> int:
@@ -104,9 +158,7 @@ def _run_library(args: argparse.Namespace, device: torch.device, dtype: torch.dt
     budget, rounds = (2.0, (3, 20)) if args.quick else (20.0, (7, 100))
     compared: list[library.Comparison] = []
     with progress(len(args.model or names)) as bar:
-        heading = (
-            f"{args.library} on {report.environment(device, dtype)}, {args.semantics} semantics: {sizes}"
-        )
+        heading = f"{args.library} on {environment(device, dtype)}, {args.semantics} semantics: {sizes}"
         bar.console.print(heading, markup=False)
         for name in args.model or names:
             bar.begin(name)
