@@ -9,6 +9,7 @@ from typing import Any
 import activation_unit_cases
 import activation_unit_statistics_cases
 import attentional_gru_cases
+import pairwise_pool_cases
 import self_attention_cases
 import target_attention_cases
 import torch
@@ -261,6 +262,29 @@ def attentional_gru(draw: st.DrawFn, backend: str) -> Example:
     )
 
 
+@st.composite
+def pairwise_pool(draw: st.DrawFn, backend: str) -> Example:
+    case = pairwise_pool_cases.Case(
+        batch=draw(st.integers(0, 20)),
+        count=draw(st.integers(0, 12)),
+        dim=draw(st.integers(1, 20)),
+        hidden=draw(st.integers(1, 20)),
+        dropout=draw(st.sampled_from((0.0, 0.0, 0.3))),
+        return_weights=draw(st.booleans()),
+        # In bfloat16 rounding decides which units its ReLU opens.
+        dtype=torch.float64 if backend == "torch" else torch.float32,
+        seed=draw(st.integers(0, 2**31)),
+    )
+    return Example(
+        pairwise_pool_cases.call,
+        functional.pairwise_pool,
+        reference.pairwise_pool,
+        case,
+        draw(st.sampled_from(sorted(LAYOUTS))),
+        backend,
+    )
+
+
 OPERATORS = {
     strategy.__name__: strategy
     for strategy in (
@@ -269,5 +293,6 @@ OPERATORS = {
         target_attention,
         self_attention,
         attentional_gru,
+        pairwise_pool,
     )
 }
