@@ -88,6 +88,8 @@ def run(args: argparse.Namespace) -> int:
     log = read_movielens(args.data if args.data is not None else fetch_movielens())
     parts = log.examples(max_history=args.max_history).split()
     console = Console()
+    if not console.is_terminal:
+        console = Console(width=120)
     lengths = parts[0].history_lengths()
     console.print(
         f"{log.num_users} users, {log.num_items} items, {len(parts[0])} training and {len(parts[1])} test examples;"
