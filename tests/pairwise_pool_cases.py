@@ -85,7 +85,7 @@ def assert_within_budget(case: Case, got: dict[str, Tensor], tensors: dict[str, 
     assert got.keys() == truth.keys()
     size, head = (max(_rms(tensors[name].double()), 1.0) for name in ("fields", "projection"))
     term = case.dim**0.5 * size**4 * head
-    noise = 4 * torch.finfo(torch.promote_types(case.dtype, torch.float32)).eps * term * case.batch**0.5
+    noise = 8 * torch.finfo(torch.promote_types(case.dtype, torch.float32)).eps * term * case.batch**0.5
     epsilon = torch.finfo(case.dtype).eps
     errors = {name: _rms(reference[name].double() - truth[name]) for name in truth}
     relative = max((errors[name] / _rms(t) for name, t in truth.items() if _rms(t) > 0), default=0.0)
