@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -43,6 +44,7 @@ class _Trial:
 
 
 _trial: _Trial | None = None
+_measuring = threading.Lock()
 _stored: dict[Path, dict[str, Launch]] = {}
 
 
@@ -87,9 +89,10 @@ def alternatives(default: Launch) -> Iterator[Launch]:
 def autotune(
     call: Callable[[], Any], device: torch.device, timer: Callable[[Callable[[], Any]], float]
 ) -> list[Tuned]:
-    """Measures `call` with alternatives for each kernel that it launches, and keeps the fastest on disk."""
+    """Measures `call` with alternatives for each kernel that it launches, and keeps the fastest on disk. One thread at
+    a time measures; others wait."""
     results = []
-    with _trying() as trial:
+    with _measuring, _trying() as trial:
         call()
         for key, default in list(trial.asked.items()):
             before = timer(call)
@@ -105,13 +108,15 @@ def autotune(
                     best, best_time = launch, spent
             trial.changed[key] = best
             results.append(Tuned(key, best, best_time, default, before, failed))
-    path = cache_file(device)
-    found = _load(path) | {result.kernel: result.launch for result in results}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(f".{os.getpid()}")
-    partial.write_text(json.dumps({key: launch._asdict() for key, launch in sorted(found.items())}, indent=1))
-    partial.replace(path)
-    _stored[path] = found
+        path = cache_file(device)
+        found = _load(path) | {result.kernel: result.launch for result in results}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(f".{os.getpid()}")
+        partial.write_text(
+            json.dumps({key: launch._asdict() for key, launch in sorted(found.items())}, indent=1)
+        )
+        partial.replace(path)
+        _stored[path] = found
     return results
 
 

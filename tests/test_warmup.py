@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -103,6 +104,39 @@ def test_autotuning_keeps_what_a_timer_prefers_for_all_lengths(monkeypatch: pyte
     monkeypatch.setattr(tuning, "_stored", {})  # as in another process
     for lengths in (LONG, [100] * 7, [1000]):
         assert launches(layer, lengths)[0]["num_warps"] == 2
+
+
+def test_threads_that_tune_at_the_same_time_keep_what_each_found() -> None:
+    default = tuning.Launch(32, 1, 1, 16, (16, 16), 16, 256, 8)
+    device = torch.device("cpu")
+    start = threading.Barrier(2)
+    results: dict[str, list[tuning.Tuned]] = {}
+
+    def tune(kernel: str, warps: int) -> None:
+        used: list[tuning.Launch] = []
+
+        def timer(call: Callable[[], Any]) -> float:
+            call()
+            time.sleep(1e-4)  # lets the other thread go on
+            return 1.0 if used[-1].num_warps == warps else 2.0
+
+        start.wait()
+        results[kernel] = tuning.autotune(
+            lambda: used.append(tuning.tuned(kernel, "half", default, 16, (16,), device)), device, timer
+        )
+
+    threads = [threading.Thread(target=tune, args=case) for case in (("one", 4), ("other", 8))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    found = {kernel: [(r.kernel, r.launch.num_warps) for r in of] for kernel, of in results.items()}
+    assert found == {"one": [("one half 16x16", 4)], "other": [("other half 16x16", 8)]}
+    kept = json.loads(tuning.cache_file(device).read_text())
+    assert {key: launch["num_warps"] for key, launch in kept.items()} == {
+        "one half 16x16": 4,
+        "other half 16x16": 8,
+    }
 
 
 def test_the_default_timer_takes_the_median() -> None:
