@@ -69,12 +69,16 @@ WIDE_SCORES = {
     ("warp", "tf32"): Launch(64, 4, 2, 32, (256, 16), 64, 0, 0),
     ("group", "half"): Launch(128, 8, 2, 32, (256, 16), 128, 0, 0),
     ("group", "tf32"): Launch(64, 4, 2, 32, (256, 16), 64, 0, 0),
+    ("warp", "ieee"): Launch(32, 4, 1, 16, (64, 16), 32, 0, 0),
+    ("group", "ieee"): Launch(32, 4, 1, 16, (64, 16), 32, 0, 0),
 }
 WIDE_BACKWARD = {
     ("warp", "half"): Launch(64, 4, 2, 32, (64, 16), 128, 0, 2),
     ("warp", "tf32"): Launch(32, 4, 2, 32, (256, 16), 64, 0, 1),
     ("group", "half"): Launch(128, 8, 2, 32, (256, 16), 128, 0, 1),
     ("group", "tf32"): Launch(32, 4, 2, 32, (256, 16), 64, 0, 2),
+    ("warp", "ieee"): Launch(32, 4, 1, 16, (64, 16), 32, 0, 2),
+    ("group", "ieee"): Launch(32, 4, 1, 16, (64, 16), 32, 0, 2),
 }
 WIDE_HISTORIES = Launch(8, 4, 2, 256, (256, 16), 128, 256, 0)
 
@@ -91,7 +95,7 @@ BACKWARD_WEIGHTS = {
     "ieee": Launch(32, 2, 1, 64, (32, 8), 64, 512, 4),
     "split": Launch(32, 2, 1, 64, (32, 8), 64, 512, 4),
 }
-SPLIT_TOKENS, SPLIT_WEIGHTS = "bf16x6", "tf32x3"  # as tl.dot knows them
+SPLIT_TOKENS, SPLIT_WEIGHTS, SPLIT_WIDE = "bf16x6", "tf32x3", "tf32x3"  # as tl.dot knows them
 
 
 def precision(dtype: torch.dtype) -> str:
@@ -179,6 +183,13 @@ def wide(
             break
         launch = launch._replace(**change)
     return launch
+
+
+def wide_products(precision: str) -> str:
+    """What tl.dot is to make products of wide kernels of."""
+    if precision == "ieee":
+        return "ieee" if torch.version.hip is not None else SPLIT_WIDE
+    return "tf32"
 
 
 def wide_fits(precision: str, dim: int, hidden: Sequence[int], device: torch.device) -> bool:
