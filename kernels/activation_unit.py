@@ -117,17 +117,10 @@ def uncovered(unit: Any) -> str | None:
     dim, hidden = max(unit.keys.shape[1], unit.values.shape[1]), hidden_widths(unit)
     if not settings.is_wide(dim, hidden):
         return None
-    what = None
-    if unit.activation == "dice" or unit.dropout is not None:
-        what = "of dice and dropout"
-    elif settings.precision(unit.keys.dtype) == "ieee":
-        what = "of float32 at its full accuracy"
-    elif unit.candidates is not None:
-        what = "of queries that share histories"
-    if what is not None:
+    if unit.candidates is not None:
         return (
-            f"kernels {what} take keys, values and hidden layers up to {settings.WIDEST} wide, "
-            f"not {max(dim, *hidden)}"
+            f"kernels of queries that share histories take keys, values and hidden layers up to {settings.WIDEST} "
+            f"wide, not {max(dim, *hidden)}"
         )
     if dim > settings.WIDEST_DIM or max(hidden) > settings.WIDEST_HIDDEN:
         return (
@@ -171,6 +164,7 @@ def forward(unit: Any, with_scores: bool) -> tuple[Tensor, Tensor, Tensor]:
     dim, precision = max(unit.keys.shape[1], unit.values.shape[1]), settings.precision(unit.keys.dtype)
     kernel = kernel_of(unit).name
     launch, split = settings.forward(precision, dim, hidden, device)
+    split = split and kernel != "wide"
     net = normal_form(unit, bounded_half=True, split=split)
     data = histories(unit)
     batch, value_dim = unit.query.shape[0], data.value.shape[1]
@@ -202,7 +196,9 @@ def forward(unit: Any, with_scores: bool) -> tuple[Tensor, Tensor, Tensor]:
     if kernel == "wide":
         scoring = settings.wide(settings.WIDE_SCORES, precision, unit.keys.shape[1], hidden, device)
         scoring = tuned("wide scores", precision, scoring, dim, hidden, device)
-        score_all(data, net, specialize(unit, data, net, scoring, with_scores), scoring, scores)
+        products = settings.wide_products(precision)
+        scoring_spec = replace(specialize(unit, data, net, scoring, with_scores), precision=products)
+        score_all(data, net, scoring_spec, scoring, scores)
         # Pooling is all that is left to compute, so it can be exact: then Σ_t dL/ds_t of a sequence is as near zero as
         # backward expects, which does not round dL/da either.
         spec = replace(spec, scored=True, precision="ieee")

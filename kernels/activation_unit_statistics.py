@@ -16,6 +16,7 @@ from torch import Tensor
 
 from . import activation_unit, settings
 from .activation_unit_backward import run_backward
+from .activation_unit_statistics_wide import moments_of_tiles
 from .arguments import Upstream, depth, get, narrowest, widest, width
 from .dropout import noise_of
 from .histories import load_tile, part_at, position_of, share_of
@@ -103,21 +104,24 @@ def _statistics_kernel(data, batch, net, counts, centres, totals, squares, SPEC:
 
 def uncovered(unit: Any) -> str | None:
     """Why no kernel here takes this call, or None if one does."""
-    hidden = [unit.first.bias.shape[1], *(b.shape[0] for b in unit.biases)]
-    if settings.is_wide(unit.keys.shape[1], hidden):
-        return f"kernels take statistics of keys and hidden layers up to {settings.WIDEST} wide"
     return activation_unit.uncovered(_summed(unit))
 
 
-def kernel_of(_unit: Any) -> settings.Kernel:
+def kernel_of(unit: Any) -> settings.Kernel:
+    dim, hidden = unit.keys.shape[1], [unit.first.bias.shape[1], *(b.shape[0] for b in unit.biases)]
+    if settings.is_wide(dim, hidden):
+        return settings.Kernel("wide", f"a width of {max(dim, *hidden)}, above {settings.WIDEST}")
     return settings.Kernel("classic", f"widths up to {settings.WIDEST}")
 
 
 def forward(unit: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """As `recattn.composite.activation_unit_statistics.forward`."""
+    wide = kernel_of(unit).name == "wide"
     unit = _summed(unit)
+    if wide:
+        return _wide_forward(unit)
     data, batch = activation_unit.histories(unit), unit.query.shape[0]
-    hidden = [unit.first.bias.shape[1], *(b.shape[0] for b in unit.biases[:-1])]
+    hidden = activation_unit.hidden_widths(unit)
     launch, split = settings.forward(
         settings.precision(unit.keys.dtype), unit.keys.shape[1], hidden, unit.keys.device
     )
@@ -138,6 +142,18 @@ def forward(unit: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         )
     inner = net.form.inner
     return counts, centres / inner, totals / inner, squares / inner**2
+
+
+def _wide_forward(unit: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    precision, dim, device = settings.precision(unit.keys.dtype), unit.keys.shape[1], unit.keys.device
+    hidden = activation_unit.hidden_widths(unit)
+    launch = settings.wide(settings.WIDE_SCORES, precision, dim, hidden, device)
+    net, data = normal_form(unit, bounded_half=True), activation_unit.histories(unit)
+    spec = activation_unit.specialize(unit, data, net, launch, False)
+    spec = replace(spec, statistics=True, precision=settings.wide_products(precision))
+    counts, centres, squares = moments_of_tiles(data, net, spec, launch, unit.positions)
+    inner = net.form.inner
+    return counts, centres / inner, torch.zeros_like(centres), squares / inner**2
 
 
 def backward(unit: Any, linear: Tensor, quadratic: Tensor) -> tuple[Any, ...]:

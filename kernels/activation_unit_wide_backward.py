@@ -23,6 +23,7 @@ from . import settings
 from .activation_unit_wide import owners
 from .arguments import Chunk, Spec, TileSums, get, width
 from .backward import Call, WeightSums
+from .dropout import noise_of
 from .histories import load_tile, part_at, store_tile
 from .pooling import pooled
 from .primitives import load_rows, load_vector, store_row, store_rows, zero_rows
@@ -45,11 +46,12 @@ def recompute_kernel(data, batch, owners, net, upstream, chunk, sums, count, SPE
     store_rows(chunk.pairs, pairs[0], row, 2 * D, inside, D, get(SPEC, "dim_slab"))
     store_rows(chunk.pairs + D, pairs[1], row, 2 * D, inside, D, get(SPEC, "dim_slab"))
     grad = attention_gradient(data, upstream, owner, place, position, valid, SPEC)
-    s, zs, hs = run_forward(pairs, owner, net, chunk, row, valid, inside, SPEC)
+    noise = noise_of(net, position, SPEC)
+    s, zs, hs = run_forward(pairs, owner, noise, net, chunk, row, valid, inside, SPEC)
     a, ds = attend_rows_backward(s, grad, upstream, owner, valid, SPEC)
     tl.store(chunk.attention + row, a, mask=inside)
     tile = (chunk.first + tl.program_id(0).to(tl.int64) * BLOCK) // BLOCK
-    run_back(ds, zs, hs, net, upstream.back, chunk, sums, tile, row, inside, SPEC)
+    run_back(ds, zs, hs, noise, net, upstream.back, chunk, sums, tile, row, inside, SPEC)
 
 
 @triton.jit(do_not_specialize=["batch"])
@@ -77,7 +79,8 @@ def histories_kernel(
         sequence, first_row, last_row, stop = part_at(data, batch, sequence, begin, end)
         owner = sequence.to(tl.int64)
         q = load_vector(data.query + owner * get(SPEC, "query_stride"), D, SLAB)
-        grad_out = load_vector(upstream.grad_out + owner * DV, DV, SLAB)
+        if not get(SPEC, "statistics"):
+            grad_out = load_vector(upstream.grad_out + owner * DV, DV, SLAB)
         position = begin.to(tl.int64)
         sum_q = zero_rows(BLOCK, D, SLAB)
         sum_c = zero_rows(BLOCK, H1, H1_SLAB)
@@ -87,7 +90,6 @@ def histories_kernel(
             k, _v = load_tile(data, position, valid, SPEC)
             by_key = load_rows(grad_pairs, row, 2 * D, valid, D, SLAB)
             by_product = load_rows(grad_pairs + D, row, 2 * D, valid, D, SLAB)
-            a = tl.load(chunk.attention + row, mask=valid, other=0.0)
             dk = ()
             grad_q = ()
             for i in tl.static_range(len(q)):
@@ -95,11 +97,12 @@ def histories_kernel(
                 dk = dk + (by_key[i].to(tl.float32) + q[i].to(tl.float32)[None, :] * through,)
                 grad_q = grad_q + (sum_q[i] + k[i].to(tl.float32) * through,)
             sum_q = grad_q
-            dv = outer(a, grad_out)
-            if get(SPEC, "separate_values"):
-                store_tile(grad_value, dv, data, position, valid, DV, SPEC)
-            else:
-                dk = add(dk, dv)
+            if not get(SPEC, "statistics"):
+                dv = outer(tl.load(chunk.attention + row, mask=valid, other=0.0), grad_out)
+                if get(SPEC, "separate_values"):
+                    store_tile(grad_value, dv, data, position, valid, DV, SPEC)
+                else:
+                    dk = add(dk, dv)
             store_tile(grad_key, dk, data, position, valid, D, SPEC)
             sum_c = add(sum_c, load_rows(chunk.grads[0], row, H1, valid, H1, H1_SLAB))
             position += BLOCK
@@ -137,7 +140,7 @@ def wide_backward(call: Call) -> WeightSums:
     twice = net.form.kernel not in FROM_UNITS  # units, and what went into their activation
     launch = settings.wide(settings.WIDE_BACKWARD, net.precision, dim, net.hidden, data.key.device, twice)
     launch, light = call.tuned("wide tokens", net.precision, launch), settings.WIDE_HISTORIES
-    spec = call.spec(launch)
+    spec = call.spec(launch, settings.wide_products(net.precision))
     step = settings.chunk_rows(launch, light, data.key.device)
     programs = max(triton.cdiv(count, light.least_rows), 1)
     zeros = upstream.peak_mass.new_zeros  # float32
@@ -189,7 +192,7 @@ def wide_backward(call: Call) -> WeightSums:
         grad_both[:, dim:],
         grad_weights,
         grad_biases,
-        [slope.sum(0) for slope in sums.slopes],
+        [param.sum(0) for param in sums.params],
         sums.last_weight.sum(0),
         sums.last_bias.sum(0, keepdim=True),
     )
@@ -206,11 +209,11 @@ def _new_chunk(like: Tensor, rows: int, hidden: Sequence[int], dim: int) -> Chun
 
 
 def _new_sums(like: Tensor, tiles: int, hidden: Sequence[int], spec: Spec) -> TileSums:
-    slopes = hidden if spec.activation == "leaky_relu" else ()
+    with_params = [n for n in hidden[: spec.param_layers] for _ in range(spec.params_each)]
     return TileSums(
-        last_weight=like.new_empty(tiles, hidden[-1]),
+        last_weight=like.new_empty(tiles if spec.last_layer else 0, hidden[-1]),
         last_bias=like.new_empty(tiles),
-        slopes=tuple(like.new_empty(tiles, n) for n in slopes),
+        params=tuple(like.new_empty(tiles, n) for n in with_params),
     )
 
 

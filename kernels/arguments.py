@@ -64,9 +64,9 @@ class Chunk(NamedTuple):
 class TileSums(NamedTuple):
     """Sums over the tokens of each tile."""
 
-    last_weight: Tensor  # [tiles, Hn]
+    last_weight: Tensor  # [tiles, Hn]; of none where statistics are wanted
     last_bias: Tensor  # [tiles]
-    slopes: tuple[Tensor, ...]  # [tiles, H1], ...
+    params: tuple[Tensor, ...]  # [tiles, H1], ..., as those of the Network
 
 
 @dataclass(frozen=True)

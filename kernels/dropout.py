@@ -35,10 +35,10 @@ def noise_of(net, row, SPEC: tl.constexpr):
 
 
 @triton.jit
-def where_kept(x, other, noise, j: tl.constexpr, LAYER: tl.constexpr, SPEC: tl.constexpr):
-    """Slab j of a hidden layer, `[tokens, units]`, but `other` where a unit is dropped."""
+def where_kept(x, other, noise, unit, LAYER: tl.constexpr, SPEC: tl.constexpr):
+    """Some units of a hidden layer, `[tokens, units]`, but `other` where they are dropped."""
     if get(SPEC, "dropped") > 0:
-        unit = columns(j, width(LAYER, SPEC), widest(LAYER, SPEC), narrowest(LAYER, SPEC)).to(tl.uint32)
+        unit = unit.to(tl.uint32)
         add = ((unit >> 1) + LAYER * 65537) * GAMMA
         lane = ((unit >> 1) & 3) * E1
         turn = ((unit >> 3) + LAYER * 8193) * E2
@@ -50,9 +50,20 @@ def where_kept(x, other, noise, j: tl.constexpr, LAYER: tl.constexpr, SPEC: tl.c
 
 
 @triton.jit
+def drop_units(x, noise, unit, LAYER: tl.constexpr, SPEC: tl.constexpr):
+    """Some units of a hidden layer with dropout. What kept units grow by is in the weights that read them."""
+    return where_kept(x, get(SPEC, "zero"), noise, unit, LAYER, SPEC)
+
+
+@triton.jit
+def slab_units(j: tl.constexpr, LAYER: tl.constexpr, SPEC: tl.constexpr):
+    return columns(j, width(LAYER, SPEC), widest(LAYER, SPEC), narrowest(LAYER, SPEC))
+
+
+@triton.jit
 def drop(x, noise, j: tl.constexpr, LAYER: tl.constexpr, SPEC: tl.constexpr):
-    """Slab j of a hidden layer with dropout. What kept units grow by is in the weights that read them."""
-    return where_kept(x, get(SPEC, "zero"), noise, j, LAYER, SPEC)
+    """Slab j of a hidden layer with dropout."""
+    return drop_units(x, noise, slab_units(j, LAYER, SPEC), LAYER, SPEC)
 
 
 @triton.constexpr_function
@@ -64,9 +75,14 @@ def open_at_zero(spec):
 
 
 @triton.jit
-def drop_gradient(dh, noise, j: tl.constexpr, LAYER: tl.constexpr, SPEC: tl.constexpr):
+def drop_unit_gradients(dh, noise, unit, LAYER: tl.constexpr, SPEC: tl.constexpr):
     """dL/dh likewise, as far as the activation's way back does not see to it."""
     if open_at_zero(SPEC):
-        return where_kept(dh, 0.0, noise, j, LAYER, SPEC)
+        return where_kept(dh, 0.0, noise, unit, LAYER, SPEC)
     else:
         return dh
+
+
+@triton.jit
+def drop_gradient(dh, noise, j: tl.constexpr, LAYER: tl.constexpr, SPEC: tl.constexpr):
+    return drop_unit_gradients(dh, noise, slab_units(j, LAYER, SPEC), LAYER, SPEC)

@@ -80,12 +80,14 @@ WIDE_SCORES: Table = {
     "half": Launch(64, 4, 2, 32, (256, 16), 128, 0, 0),
     "half group": Launch(128, 8, 2, 32, (256, 16), 128, 0, 0),
     "tf32": Launch(64, 4, 2, 32, (256, 16), 64, 0, 0),
+    "ieee": Launch(32, 4, 1, 16, (64, 16), 32, 0, 0),
 }
 WIDE_BACKWARD: Table = {
     "half": Launch(64, 4, 2, 32, (64, 16), 128, 0, 2),
     "half group": Launch(128, 8, 2, 32, (256, 16), 128, 0, 1),
     "tf32": Launch(32, 4, 2, 32, (256, 16), 64, 0, 1),
     "tf32 group": Launch(32, 4, 2, 32, (256, 16), 64, 0, 2),
+    "ieee": Launch(32, 4, 1, 16, (64, 16), 32, 0, 2),
 }
 WIDE_HISTORIES = Launch(8, 4, 2, 256, (256, 16), 128, 256, 0)
 
@@ -102,7 +104,7 @@ BACKWARD_WEIGHTS: Table = {
     "ieee": Launch(32, 2, 1, 64, (32, 8), 64, 512, 4),
     "split": Launch(32, 2, 1, 64, (32, 8), 64, 512, 4),
 }
-SPLIT_TOKENS, SPLIT_WEIGHTS = "bf16x6", "tf32x3"  # as tl.dot knows them
+SPLIT_TOKENS, SPLIT_WEIGHTS, SPLIT_WIDE = "bf16x6", "tf32x3", "tf32x3"  # as tl.dot knows them
 
 
 Row = TypeVar("Row")
@@ -200,6 +202,13 @@ def wide(
             break
         launch = launch._replace(**change)
     return launch
+
+
+def wide_products(precision: str) -> str:
+    """What tl.dot is to make products of wide kernels of."""
+    if precision == "ieee":
+        return "ieee" if torch.version.hip is not None else SPLIT_WIDE
+    return "tf32"
 
 
 def wide_fits(precision: str, dim: int, hidden: Sequence[int], device: torch.device) -> bool:

@@ -15,7 +15,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .arguments import depth, get, width
+from .arguments import depth, get, params_loaded, width
+from .dropout import drop_units, noise_of
 from .mlp import params_of, score
 from .primitives import (
     activate,
@@ -106,15 +107,16 @@ def load_unit_vector(pointer, unit, SPEC: tl.constexpr):
 
 @triton.jit
 def first_params(net, unit, SPEC: tl.constexpr):
-    if get(SPEC, "activation") == "leaky_relu":
-        return (load_unit_vector(net.params[0], unit, SPEC)[None, :],)
-    else:
-        return ()
+    """The vectors that the activation of these units takes, as rows."""
+    rows = ()
+    for n in tl.static_range(params_loaded(0, len(net.params), SPEC)):
+        rows = rows + (load_unit_vector(net.params[n], unit, SPEC)[None, :],)
+    return rows
 
 
 @triton.jit
-def first_units(net, pairs, owner, valid, unit, SPEC: tl.constexpr):
-    """Units of the first layer, `[tokens, units]`, and what went into their activation."""
+def first_sums(net, pairs, owner, valid, unit, SPEC: tl.constexpr):
+    """What goes into the activation of units of the first layer, `[tokens, units]`."""
     k, products = pairs
     H1: tl.constexpr = width(0, SPEC)
     PRECISION: tl.constexpr = get(SPEC, "precision")
@@ -125,7 +127,24 @@ def first_units(net, pairs, owner, valid, unit, SPEC: tl.constexpr):
     for i in tl.static_range(len(k)):
         z = dot(k[i], tl.trans(load_unit_rows(net.key, unit, i, SPEC)), z, PRECISION)
         z = dot(products[i], tl.trans(load_unit_rows(net.product, unit, i, SPEC)), z, PRECISION)
-    return activate(z, first_params(net, unit, SPEC), get(SPEC, "activation"), get(SPEC, "approx")), z
+    return z
+
+
+@triton.jit
+def activate_units(z, params, noise, unit, LAYER: tl.constexpr, SPEC: tl.constexpr):
+    """Some units of a layer. Where statistics are wanted, the last layer has none of its own."""
+    if get(SPEC, "statistics") and LAYER == depth(SPEC) - 1:
+        return z
+    else:
+        h = activate(z, params, get(SPEC, "activation"), get(SPEC, "approx"))
+        return drop_units(h, noise, unit, LAYER, SPEC)
+
+
+@triton.jit
+def first_units(net, pairs, owner, valid, noise, unit, SPEC: tl.constexpr):
+    """Units of the first layer, `[tokens, units]`, and what went into their activation."""
+    z = first_sums(net, pairs, owner, valid, unit, SPEC)
+    return activate_units(z, first_params(net, unit, SPEC), noise, unit, 0, SPEC), z
 
 
 @triton.jit
@@ -156,10 +175,10 @@ def load_held(pointer, LAYER: tl.constexpr, SPEC: tl.constexpr):
 
 @triton.jit
 def held_params(net, LAYER: tl.constexpr, SPEC: tl.constexpr):
-    if get(SPEC, "activation") == "leaky_relu":
-        return (load_held(net.params[LAYER], LAYER, SPEC),)
-    else:
-        return ()
+    vectors = ()
+    for n in tl.static_range(params_loaded(LAYER, len(net.params), SPEC)):
+        vectors = vectors + (load_held(net.params[LAYER * get(SPEC, "params_each") + n], LAYER, SPEC),)
+    return vectors
 
 
 @triton.jit
@@ -173,10 +192,12 @@ def biases_as_sums(net, LAYER: tl.constexpr, SPEC: tl.constexpr):
 
 
 @triton.jit
-def activate_held(zs, params, SPEC: tl.constexpr):
+def activate_held(zs, net, noise, LAYER: tl.constexpr, SPEC: tl.constexpr):
+    params = held_params(net, LAYER, SPEC)
     out = ()
     for j in tl.static_range(len(zs)):
-        out = out + (activate(zs[j], params_of(params, j), get(SPEC, "activation"), get(SPEC, "approx")),)
+        unit = columns(j, width(LAYER, SPEC), held_slab(SPEC))
+        out = out + (activate_units(zs[j], params_of(params, j), noise, unit, LAYER, SPEC),)
     return out
 
 
@@ -205,30 +226,49 @@ def third_layer(hs, net, SPEC: tl.constexpr):
 
 
 @triton.jit
-def score_tokens(data, batch, owners, net, begin, count, SPEC: tl.constexpr):
-    """Of the tokens of a tile that begins at a position: their positions, whether they are any, and their scores."""
-    H1: tl.constexpr = width(0, SPEC)
-    SLAB: tl.constexpr = get(SPEC, "slab")
-    BLOCK: tl.constexpr = get(SPEC, "block")
-    position = begin + tl.arange(0, BLOCK)
+def load_tokens(data, batch, owners, net, begin, count, SPEC: tl.constexpr):
+    """The tokens of a tile that begins at a position: their positions, whether they are any, what `first_units` takes
+    of them, and their noise."""
+    position = begin + tl.arange(0, get(SPEC, "block"))
     owner, valid = owners_of(owners, batch, position, count)
     pairs = load_pairs(data, owner, rows_of(data, position, valid, SPEC), valid, SPEC)
+    return position, valid, pairs, owner, noise_of(net, position, SPEC)
+
+
+@triton.jit
+def second_sums(net, pairs, owner, valid, noise, SPEC: tl.constexpr):
+    """What goes into the activation of the second layer, as slabs."""
+    sums = biases_as_sums(net, 1, SPEC)
+    for start in tl.range(0, width(0, SPEC), get(SPEC, "slab"), num_stages=get(SPEC, "stages")):
+        unit = start + tl.arange(0, get(SPEC, "slab"))
+        h, _z = first_units(net, pairs, owner, valid, noise, unit, SPEC)
+        sums = feed_units(sums, h, net, unit, SPEC)
+    return sums
+
+
+@triton.jit
+def last_sums(net, pairs, owner, valid, noise, SPEC: tl.constexpr):
+    """What goes into the activation of the last layer, where that is held."""
+    sums = second_sums(net, pairs, owner, valid, noise, SPEC)
+    if depth(SPEC) == 3:
+        return third_layer(activate_held(sums, net, noise, 1, SPEC), net, SPEC)
+    else:
+        return sums
+
+
+@triton.jit
+def score_tokens(data, batch, owners, net, begin, count, SPEC: tl.constexpr):
+    """Of the tokens of a tile that begins at a position: their positions, whether they are any, and their scores."""
+    LAST: tl.constexpr = depth(SPEC) - 1
+    position, valid, pairs, owner, noise = load_tokens(data, batch, owners, net, begin, count, SPEC)
     last_bias = tl.load(net.last_bias)
     if depth(SPEC) == 1:
-        octets = tl.zeros([BLOCK, 8], tl.float32)
-        for start in tl.range(0, H1, SLAB, num_stages=get(SPEC, "stages")):
-            unit = start + tl.arange(0, SLAB)
-            h, _z = first_units(net, pairs, owner, valid, unit, SPEC)
+        octets = tl.zeros([get(SPEC, "block"), 8], tl.float32)
+        for start in tl.range(0, width(0, SPEC), get(SPEC, "slab"), num_stages=get(SPEC, "stages")):
+            unit = start + tl.arange(0, get(SPEC, "slab"))
+            h, _z = first_units(net, pairs, owner, valid, noise, unit, SPEC)
             octets = score_units(octets, h, net, unit, SPEC)
         return position, valid, tl.sum(octets, 1) + last_bias
     else:
-        sums = biases_as_sums(net, 1, SPEC)
-        for start in tl.range(0, H1, SLAB, num_stages=get(SPEC, "stages")):
-            unit = start + tl.arange(0, SLAB)
-            h, _z = first_units(net, pairs, owner, valid, unit, SPEC)
-            sums = feed_units(sums, h, net, unit, SPEC)
-        hs = activate_held(sums, held_params(net, 1, SPEC), SPEC)
-        if depth(SPEC) == 3:
-            hs = activate_held(third_layer(hs, net, SPEC), held_params(net, 2, SPEC), SPEC)
-        last_weight = load_held(net.last_weight, depth(SPEC) - 1, SPEC)
-        return position, valid, score(hs, (last_weight, last_bias))
+        hs = activate_held(last_sums(net, pairs, owner, valid, noise, SPEC), net, noise, LAST, SPEC)
+        return position, valid, score(hs, (load_held(net.last_weight, LAST, SPEC), last_bias))

@@ -10,22 +10,24 @@ import triton
 import triton.language as tl
 
 from .arguments import depth, get, width
-from .mlp import score
+from .dropout import drop_unit_gradients
+from .mlp import params_of, score
 from .mlp_backward import last_units_backward, units_backward
 from .pooling import weigh, weigh_backward
 from .primitives import (
     LN_2,
-    activate,
     activate_backward,
     columns,
     dot,
     exp2,
     load_rows,
+    param_terms,
     store_rows,
     times_tanh_slope,
 )
 from .wide import (
     activate_held,
+    activate_units,
     biases_as_sums,
     feed_units,
     first_params,
@@ -44,14 +46,15 @@ FROM_UNITS = ("tanh", "sigmoid", "relu", "identity")  # activations whose units 
 
 
 @triton.constexpr_function
-def from_units(activation):
-    return activation in FROM_UNITS
+def from_units(layer, spec):
+    """Whether the way back through a layer needs its units alone. Statistics need what would go into the last one's."""
+    return spec.activation in FROM_UNITS and not (spec.statistics and layer == len(spec.hidden) - 1)
 
 
 @triton.jit
-def needed(z, h, SPEC: tl.constexpr):
+def needed(z, h, LAYER: tl.constexpr, SPEC: tl.constexpr):
     """What stands for z on the way back. Units do where they can, so that z leaves the registers."""
-    if from_units(get(SPEC, "activation")):
+    if from_units(LAYER, SPEC):
         return h
     else:
         return z
@@ -83,19 +86,19 @@ def store_layer(pointer, slabs, row, inside, LAYER: tl.constexpr, SPEC: tl.const
 
 @triton.jit
 def keep_units(chunk, h, z, row, unit, inside, SPEC: tl.constexpr):
-    if not from_units(get(SPEC, "activation")) or depth(SPEC) == 1:
+    if not from_units(0, SPEC) or depth(SPEC) == 1:
         store_chunk(chunk.grads[0], z, row, unit, inside, SPEC)
     if depth(SPEC) > 1:
         store_chunk(chunk.units[0], h, row, unit, inside, SPEC)
 
 
 @triton.jit
-def kept_units(chunk, params, row, unit, inside, SPEC: tl.constexpr):
+def kept_units(chunk, params, noise, row, unit, inside, SPEC: tl.constexpr):
     """What keep_units has kept: units, and what went into their activation as far as its derivative needs it."""
     if depth(SPEC) == 1:
         z = load_chunk(chunk.grads[0], row, unit, inside, SPEC).to(tl.float32)
-        return activate(z, params, get(SPEC, "activation"), get(SPEC, "approx")), z
-    elif from_units(get(SPEC, "activation")):
+        return activate_units(z, params, noise, unit, 0, SPEC), z
+    elif from_units(0, SPEC):
         h = load_chunk(chunk.units[0], row, unit, inside, SPEC)
         return h, h
     else:
@@ -107,7 +110,7 @@ def kept_units(chunk, params, row, unit, inside, SPEC: tl.constexpr):
 
 
 @triton.jit
-def run_forward(pairs, owner, net, chunk, row, valid, inside, SPEC: tl.constexpr):
+def run_forward(pairs, owner, noise, net, chunk, row, valid, inside, SPEC: tl.constexpr):
     """Scores, `[tokens]`; of the held layers what went into their activations, and their units, but for those that
     the chunk keeps."""
     H1: tl.constexpr = width(0, SPEC)
@@ -118,7 +121,7 @@ def run_forward(pairs, owner, net, chunk, row, valid, inside, SPEC: tl.constexpr
         octets = tl.zeros([get(SPEC, "block"), 8], tl.float32)
         for start in tl.range(0, H1, SLAB, num_stages=STAGES):
             unit = start + tl.arange(0, SLAB)
-            h, z = first_units(net, pairs, owner, valid, unit, SPEC)
+            h, z = first_units(net, pairs, owner, valid, noise, unit, SPEC)
             keep_units(chunk, h, z, row, unit, inside, SPEC)
             octets = score_units(octets, h, net, unit, SPEC)
         return tl.sum(octets, 1) + last_bias, (), ()
@@ -126,16 +129,16 @@ def run_forward(pairs, owner, net, chunk, row, valid, inside, SPEC: tl.constexpr
         sums = biases_as_sums(net, 1, SPEC)
         for start in tl.range(0, H1, SLAB, num_stages=STAGES):
             unit = start + tl.arange(0, SLAB)
-            h, z = first_units(net, pairs, owner, valid, unit, SPEC)
+            h, z = first_units(net, pairs, owner, valid, noise, unit, SPEC)
             keep_units(chunk, h, z, row, unit, inside, SPEC)
             sums = feed_units(sums, h, net, unit, SPEC)
-        hs = (activate_held(sums, held_params(net, 1, SPEC), SPEC),)
-        zs = (needed(sums, hs[0], SPEC),)
+        hs = (activate_held(sums, net, noise, 1, SPEC),)
+        zs = (needed(sums, hs[0], 1, SPEC),)
         if depth(SPEC) == 3:
             store_layer(chunk.units[1], hs[0], row, inside, 1, SPEC)
             third = third_layer(hs[0], net, SPEC)
-            hs = hs + (activate_held(third, held_params(net, 2, SPEC), SPEC),)
-            zs = zs + (needed(third, hs[len(hs) - 1], SPEC),)
+            hs = hs + (activate_held(third, net, noise, 2, SPEC),)
+            zs = zs + (needed(third, hs[len(hs) - 1], 2, SPEC),)
         last_weight = load_held(net.last_weight, depth(SPEC) - 1, SPEC)
         return score(hs[len(hs) - 1], (last_weight, last_bias)), zs, hs
 
@@ -148,11 +151,12 @@ def attention_gradient(data, upstream, owner, row, position, valid, SPEC: tl.con
     """dL/da of tokens of several histories, `[tokens]`."""
     DV: tl.constexpr = get(SPEC, "value_dim")
     SLAB: tl.constexpr = get(SPEC, "dim_slab")
-    v = load_rows(data.value, row, get(SPEC, "value_stride"), valid, DV, SLAB)
-    grad_out = load_rows(upstream.grad_out, owner, DV, valid, DV, SLAB)
     grad = tl.zeros([get(SPEC, "block")], tl.float32)
-    for i in tl.static_range(len(v)):
-        grad += tl.sum(v[i].to(tl.float32) * grad_out[i].to(tl.float32), 1)
+    if not get(SPEC, "statistics"):
+        v = load_rows(data.value, row, get(SPEC, "value_stride"), valid, DV, SLAB)
+        grad_out = load_rows(upstream.grad_out, owner, DV, valid, DV, SLAB)
+        for i in tl.static_range(len(v)):
+            grad += tl.sum(v[i].to(tl.float32) * grad_out[i].to(tl.float32), 1)
     if get(SPEC, "with_scores"):
         grad += tl.load(upstream.grad_scores + position, mask=valid, other=0.0).to(tl.float32)
     return grad
@@ -160,8 +164,11 @@ def attention_gradient(data, upstream, owner, row, position, valid, SPEC: tl.con
 
 @triton.jit
 def attend_rows_backward(s, grad, upstream, owner, valid, SPEC: tl.constexpr):
-    """The attention a and dL/ds from the scores s and dL/da, `[tokens]`; zero for slack."""
-    if get(SPEC, "softmax"):
+    """The attention a and dL/ds from the scores s and dL/da, `[tokens]`; zero for slack. Where statistics are wanted,
+    the sum over all tokens is differentiated."""
+    if get(SPEC, "statistics"):
+        return valid.to(tl.float32), valid.to(tl.float32)
+    elif get(SPEC, "softmax"):
         log_mass = tl.load(upstream.peak_mass + 2 * owner, mask=valid, other=0.0)
         log_mass += tl.log2(tl.load(upstream.peak_mass + 2 * owner + 1, mask=valid, other=1.0))
         delta = tl.load(upstream.delta + owner, mask=valid, other=0.0)
@@ -174,62 +181,56 @@ def attend_rows_backward(s, grad, upstream, owner, valid, SPEC: tl.constexpr):
 
 
 @triton.jit
-def slope_terms(dh, z):
-    return tl.sum(dh * tl.minimum(z, 0.0), 0)
+def store_param_sums(sums, dh, z, params, tile, unit, LAYER: tl.constexpr, SPEC: tl.constexpr):
+    """Of a tile, for the params of some units: dL/dh·dh/dparam, which of the last layer wants the weight behind it."""
+    if LAYER < get(SPEC, "param_layers"):
+        terms = param_terms(z, params, get(SPEC, "activation"), get(SPEC, "approx"))
+        for n in tl.static_range(get(SPEC, "params_each")):
+            target = sums.params[LAYER * get(SPEC, "params_each") + n] + tile * width(LAYER, SPEC) + unit
+            tl.store(target, tl.sum(dh * terms[n], 0), mask=unit < width(LAYER, SPEC))
 
 
 @triton.jit
-def store_sums(pointer, slabs, LAYER: tl.constexpr, SPEC: tl.constexpr):
-    """Of a tile, vectors over the units of a held layer."""
-    for j in tl.static_range(len(slabs)):
-        column = columns(j, width(LAYER, SPEC), held_slab(SPEC))
-        tl.store(pointer + column, slabs[j], mask=column < width(LAYER, SPEC))
-
-
-@triton.jit
-def last_back(ds, z, h, net, chunk, sums, tile, row, inside, SPEC: tl.constexpr):
+def last_back(ds, z, h, noise, net, chunk, sums, tile, row, inside, SPEC: tl.constexpr):
     """From dL/ds to e of the last layer, where that is held; stored too."""
     LAST: tl.constexpr = depth(SPEC) - 1
     H: tl.constexpr = width(LAST, SPEC)
-    for_weight = ()
-    for_slope = ()
-    for j in tl.static_range(len(h)):
-        for_weight = for_weight + (tl.sum(ds[:, None] * h[j], 0),)
-        if get(SPEC, "activation") == "leaky_relu":
-            for_slope = for_slope + (slope_terms(ds[:, None], z[j]),)
-    store_sums(sums.last_weight + tile * H, for_weight, LAST, SPEC)
-    if get(SPEC, "activation") == "leaky_relu":
-        store_sums(sums.slopes[LAST] + tile * H, for_slope, LAST, SPEC)
-    _dh, e = last_units_backward(ds, z, h, held_params(net, LAST, SPEC), (), SPEC)
+    if get(SPEC, "last_layer"):
+        for j in tl.static_range(len(h)):
+            unit = columns(j, H, held_slab(SPEC))
+            tl.store(sums.last_weight + tile * H + unit, tl.sum(ds[:, None] * h[j], 0), mask=unit < H)
+    params = held_params(net, LAST, SPEC)
+    dh, e = last_units_backward(ds, z, h, params, noise, SPEC)
+    for j in tl.static_range(len(z)):
+        unit = columns(j, H, held_slab(SPEC))
+        store_param_sums(sums, dh[j], z[j], params_of(params, j), tile, unit, LAST, SPEC)
     store_layer(chunk.grads[LAST], e, row, inside, LAST, SPEC)
     return e
 
 
 @triton.jit
-def second_back(e, z, h, net, back, chunk, sums, tile, row, inside, SPEC: tl.constexpr):
+def second_back(e, z, h, noise, net, back, chunk, sums, tile, row, inside, SPEC: tl.constexpr):
     """From e of the third layer to dL/dz of the second; stored too."""
-    H2: tl.constexpr = width(1, SPEC)
+    params = held_params(net, 1, SPEC)
     dh = ()
     outputs = ()
-    for_slope = ()
     for i in tl.static_range(len(h)):
         grad = tl.zeros(z[i].shape, tl.float32)
         for j in tl.static_range(len(e)):
             weight = load_between(back[1], j, i, SPEC)
             grad = dot(e[j].to(weight.dtype), weight, grad, get(SPEC, "precision"))
+        unit = columns(i, width(1, SPEC), held_slab(SPEC))
+        grad = drop_unit_gradients(grad, noise, unit, 1, SPEC)
+        store_param_sums(sums, grad, z[i], params_of(params, i), tile, unit, 1, SPEC)
         dh = dh + (grad,)
         outputs = outputs + (h[i].to(back[1].dtype.element_ty),)
-        if get(SPEC, "activation") == "leaky_relu":
-            for_slope = for_slope + (slope_terms(grad, z[i]),)
-    dz = units_backward(dh, z, h, outputs, held_params(net, 1, SPEC), SPEC)
+    dz = units_backward(dh, z, h, outputs, params, SPEC)
     store_layer(chunk.grads[1], dz, row, inside, 1, SPEC)
-    if get(SPEC, "activation") == "leaky_relu":
-        store_sums(sums.slopes[1] + tile * H2, for_slope, 1, SPEC)
     return dz
 
 
 @triton.jit
-def first_back(dz, net, back, chunk, sums, tile, row, inside, SPEC: tl.constexpr):
+def first_back(dz, noise, net, back, chunk, sums, tile, row, inside, SPEC: tl.constexpr):
     """From dL/dz of the second layer to that of the first, a slab of units at a time."""
     H1: tl.constexpr = width(0, SPEC)
     SLAB: tl.constexpr = get(SPEC, "slab")
@@ -239,28 +240,30 @@ def first_back(dz, net, back, chunk, sums, tile, row, inside, SPEC: tl.constexpr
         for j in tl.static_range(len(dz)):
             weight = load_unit_columns(back[0], unit, j, SPEC)
             dh = dot(dz[j].to(weight.dtype), weight, dh, get(SPEC, "precision"))
+        dh = drop_unit_gradients(dh, noise, unit, 0, SPEC)
         params = first_params(net, unit, SPEC)
-        h, z = kept_units(chunk, params, row, unit, inside, SPEC)
-        if get(SPEC, "activation") == "leaky_relu":
-            store_slopes(sums, slope_terms(dh, z), tile, unit, SPEC)
-        grad = unit_back(dh, z, h, params, SPEC)
-        store_chunk(chunk.grads[0], grad, row, unit, inside, SPEC)
+        h, z = kept_units(chunk, params, noise, row, unit, inside, SPEC)
+        store_param_sums(sums, dh, z, params, tile, unit, 0, SPEC)
+        store_chunk(chunk.grads[0], unit_back(dh, z, h, params, SPEC), row, unit, inside, SPEC)
 
 
 @triton.jit
-def only_back(ds, net, chunk, sums, tile, row, inside, SPEC: tl.constexpr):
+def only_back(ds, noise, net, chunk, sums, tile, row, inside, SPEC: tl.constexpr):
     """From dL/ds to dL/dz of the first layer where there is no other."""
     H1: tl.constexpr = width(0, SPEC)
     SLAB: tl.constexpr = get(SPEC, "slab")
     for start in tl.range(0, H1, SLAB, num_stages=get(SPEC, "stages")):
         unit = start + tl.arange(0, SLAB)
         params = first_params(net, unit, SPEC)
-        h, z = kept_units(chunk, params, row, unit, inside, SPEC)
-        if get(SPEC, "activation") == "leaky_relu":
-            store_slopes(sums, slope_terms(ds[:, None], z), tile, unit, SPEC)
-        tl.store(sums.last_weight + tile * H1 + unit, tl.sum(ds[:, None] * h, 0), mask=unit < H1)
-        dh = ds[:, None] * load_unit_vector(net.last_weight, unit, SPEC)[None, :]
-        grad = activate_backward(dh, z, h, params, get(SPEC, "activation"), get(SPEC, "approx"))
+        h, z = kept_units(chunk, params, noise, row, unit, inside, SPEC)
+        weight = load_unit_vector(net.last_weight, unit, SPEC)[None, :]
+        if get(SPEC, "statistics"):
+            grad = ds[:, None] * weight * (params[0] + params[1] * z)
+        else:
+            tl.store(sums.last_weight + tile * H1 + unit, tl.sum(ds[:, None] * h, 0), mask=unit < H1)
+            dh = drop_unit_gradients(tl.broadcast_to(ds[:, None], z.shape), noise, unit, 0, SPEC)
+            store_param_sums(sums, dh, z, params, tile, unit, 0, SPEC)
+            grad = activate_backward(dh * weight, z, h, params, get(SPEC, "activation"), get(SPEC, "approx"))
         store_chunk(chunk.grads[0], grad, row, unit, inside, SPEC)
 
 
@@ -276,21 +279,16 @@ def unit_back(dh, z, h, params, SPEC: tl.constexpr):
 
 
 @triton.jit
-def store_slopes(sums, x, tile, unit, SPEC: tl.constexpr):
-    tl.store(sums.slopes[0] + tile * width(0, SPEC) + unit, x, mask=unit < width(0, SPEC))
-
-
-@triton.jit
-def run_back(ds, zs, hs, net, back, chunk, sums, tile, row, inside, SPEC: tl.constexpr):
+def run_back(ds, zs, hs, noise, net, back, chunk, sums, tile, row, inside, SPEC: tl.constexpr):
     """dL/dz of all layers into the chunk, and the sums of the tile."""
     tl.store(sums.last_bias + tile, tl.sum(ds, 0))
     if depth(SPEC) == 1:
         tl.debug_barrier()  # other threads may read what keep_units has stored
-        only_back(ds, net, chunk, sums, tile, row, inside, SPEC)
+        only_back(ds, noise, net, chunk, sums, tile, row, inside, SPEC)
     else:
         LAST: tl.constexpr = depth(SPEC) - 2  # of the held layers
-        dz = last_back(ds, zs[LAST], hs[LAST], net, chunk, sums, tile, row, inside, SPEC)
+        dz = last_back(ds, zs[LAST], hs[LAST], noise, net, chunk, sums, tile, row, inside, SPEC)
         if depth(SPEC) == 3:
-            dz = second_back(dz, zs[0], hs[0], net, back, chunk, sums, tile, row, inside, SPEC)
+            dz = second_back(dz, zs[0], hs[0], noise, net, back, chunk, sums, tile, row, inside, SPEC)
         tl.debug_barrier()
-        first_back(dz, net, back, chunk, sums, tile, row, inside, SPEC)
+        first_back(dz, noise, net, back, chunk, sums, tile, row, inside, SPEC)

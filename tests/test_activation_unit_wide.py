@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from activation_unit_cases import HISTORIES, Case, assert_within_budget, call, exact, variant
+from activation_unit_statistics_cases import assert_statistics_within_budget, statistics
 from recattn.kernels import settings
 from torch import Tensor
 
@@ -15,8 +16,8 @@ import recattn
 from recattn import functional
 from recattn.inspect.recording import recorded_launches
 
-ACTIVATIONS = ("sigmoid", "relu", "leaky_relu", "prelu", "silu", "gelu", "tanh", "identity")
-PRECISIONS = {"tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+ACTIVATIONS = ("sigmoid", "relu", "leaky_relu", "prelu", "silu", "gelu", "tanh", "identity", "dice")
+PRECISIONS = {"tf32": torch.float32, "ieee": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 HIDDEN = (144, 40)
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -47,14 +48,23 @@ def products_in_tf32() -> Iterator[None]:
     torch.set_float32_matmul_precision(before)
 
 
-@pytest.fixture(params=["tf32", "bf16", pytest.param("fp16", marks=pytest.mark.slow)])
-def dtype(request: pytest.FixtureRequest) -> torch.dtype:
+@pytest.fixture(params=["tf32", "ieee", "bf16", pytest.param("fp16", marks=pytest.mark.slow)])
+def dtype(request: pytest.FixtureRequest, products_in_tf32: None) -> torch.dtype:
+    if request.param == "ieee":
+        torch.set_float32_matmul_precision("highest")
     return PRECISIONS[request.param]
 
 
 def run(case: Case, tensors: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
     with recattn.backend("triton"):
         return call(functional.activation_unit, case, case.tensors() if tensors is None else tensors)
+
+
+def check_statistics(layer: int, **changes: Any) -> None:
+    case = variant(**{"hidden": HIDDEN} | changes)
+    with recattn.backend("triton"):
+        got = statistics(functional.activation_unit_statistics, case, case.tensors(), layer)
+    assert_statistics_within_budget(case, layer, got, case.tensors())
 
 
 def check(**changes: Any) -> None:
@@ -90,7 +100,18 @@ def test_kernels_equal_the_formula_for_every_activation(activation: str, hidden:
     check(activation=activation, hidden=hidden, lengths=[0, 40, 3], return_scores=True)
 
 
-@pytest.mark.parametrize("activation", ["sigmoid", "silu", "gelu", "tanh", "identity"])
+@pytest.mark.parametrize("hidden", [(144,), (144, 40), (40, 144, 20)])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_kernels_equal_the_formula_with_dropout(activation: str, hidden: tuple[int, ...]) -> None:
+    check(activation=activation, hidden=hidden, lengths=[0, 40, 3], dropout=0.3)
+
+
+@pytest.mark.parametrize("activation", ["sigmoid", "dice"])
+def test_dropout_is_that_of_the_formula_in_every_precision(activation: str, dtype: torch.dtype) -> None:
+    check(activation=activation, dropout=0.3, dtype=dtype)
+
+
+@pytest.mark.parametrize("activation", ["sigmoid", "silu", "gelu", "tanh", "identity", "dice"])
 def test_every_activation_stays_within_the_budget_of_16_bits(activation: str) -> None:
     check(activation=activation, dtype=torch.bfloat16)
 
@@ -169,6 +190,38 @@ def test_backward_keeps_no_more_than_a_chunk() -> None:
         assert max(tensor.shape[0] for tensor in kept) == 96
 
 
+@pytest.mark.parametrize("layer", [1, 2, 3])
+@pytest.mark.parametrize("activation", ["sigmoid", "prelu", "dice"])
+def test_statistics_equal_the_formula_behind_every_layer(activation: str, layer: int) -> None:
+    hidden = [144, 40, 20] if layer == 1 else [40, 144, 20]
+    check_statistics(layer, activation=activation, dropout=0.3, hidden=hidden, lengths=[0, 40, 3])
+
+
+@pytest.mark.parametrize("lengths", HISTORIES.values(), ids=HISTORIES)
+@pytest.mark.parametrize("layer", [1, 2])
+def test_statistics_equal_the_formula_over_every_kind_of_history(
+    lengths: list[int], layer: int, dtype: torch.dtype
+) -> None:
+    check_statistics(layer, lengths=lengths, dtype=dtype)
+
+
+@pytest.mark.parametrize("data", [{"table": 50}, {"table": 200, "unique_rows": True}, {"slack": 150}], ids=str)
+def test_statistics_read_a_table_and_no_slack(data: dict[str, Any]) -> None:
+    check_statistics(2, **data)
+
+
+def test_statistics_keep_their_digits_where_a_mean_is_large() -> None:
+    case = variant(hidden=HIDDEN, lengths=[90, 0, 150])
+    tensors = case.tensors()
+    tensors["bias 0"] += 1000.0
+    tensors["weight 0"] *= 0.1
+    torch.set_float32_matmul_precision("highest")
+    with recattn.backend("triton"):
+        got = statistics(functional.activation_unit_statistics, case, tensors, 1)
+    assert_statistics_within_budget(case, 1, got, tensors)
+    assert (got["mean"].square() / got["variance"]).min() > 1e5
+
+
 def test_what_no_wide_kernel_covers_is_said() -> None:
     def message(case: Case) -> str:
         with pytest.raises(NotImplementedError, match='backend "triton"') as error:
@@ -179,8 +232,6 @@ def test_what_no_wide_kernel_covers_is_said() -> None:
     assert "up to 256 and hidden layers up to 512 wide, not 257 and 20" in message(variant(dim=257))
     shared = variant(hidden=HIDDEN, lengths=[3, 4], candidates=[2, 1])
     assert "queries that share histories" in message(shared)
-    torch.set_float32_matmul_precision("highest")
-    assert "float32 at its full accuracy" in message(variant(hidden=HIDDEN))
 
 
 def test_a_device_with_too_little_shared_memory_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
