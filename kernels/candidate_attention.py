@@ -26,6 +26,7 @@ from .dot_product import (
     data_of,
     finish_scores,
     load_keys_values,
+    load_softmax,
     load_tile,
     outer,
     products,
@@ -34,7 +35,7 @@ from .dot_product import (
     transposed,
     zero_flat,
 )
-from .primitives import LN_2, LOG2_E, dot, exp2, scale, zero_rows
+from .primitives import dot, exp2, scale, zero_rows
 from .schedule import find_sequence
 
 
@@ -92,12 +93,12 @@ def _attend(data, start, valid, q, head, state, SPEC: tl.constexpr, FULL: tl.con
         p = exp2(s - peak[:, None], get(SPEC, "approx"))
         return peak, mass + tl.sum(p, 1), weigh(p, v, acc, PRECISION)
     else:
-        p = attention(s, valid[None, :], 0.0, SPEC, not FULL)
+        p = attention(s, valid[None, :], (0.0, 1.0), SPEC, not FULL)
         return peak, mass, weigh(p, v, acc, PRECISION)
 
 
 @triton.jit
-def _candidates_forward_kernel(data, groups, out, lse, count, SPEC: tl.constexpr):
+def _candidates_forward_kernel(data, groups, out, peak_mass, count, SPEC: tl.constexpr):
     """The third axis of programs shares the keys of a history: each writes one of `out [splits, N, H·dv]`."""
     ROWS: tl.constexpr = get(SPEC, "columns")
     BLOCK: tl.constexpr = get(SPEC, "block")
@@ -139,41 +140,43 @@ def _candidates_forward_kernel(data, groups, out, lse, count, SPEC: tl.constexpr
     peak, mass, acc = state
     candidate += split.to(tl.int64) * count
     if get(SPEC, "normalize") == "softmax":
-        some = mass > 0  # unless there is no key, or a bias of -inf hides all
-        mass = tl.where(some, mass, 1.0)
-        place = lse + candidate * HEADS + head
-        tl.store(
-            place + row * HEADS, tl.where(some, (peak + tl.log2(mass)) * LN_2, float("-inf")), mask=alive
-        )
+        place = peak_mass + 2 * (candidate * HEADS + head)
+        tl.store(place + 2 * row * HEADS, peak, mask=alive)
+        tl.store(place + 2 * row * HEADS + 1, mass, mask=alive)
+        mass = tl.where(mass > 0, mass, 1.0)  # unless there is no key, or a bias of -inf hides all
         acc = scale(acc, (1 / mass)[:, None])
     place = out + candidate * (HEADS * VALUE_DIM) + head * VALUE_DIM
     store_tile(place, acc, row, alive, HEADS * VALUE_DIM, VALUE_DIM, SLAB, False)
 
 
 def forward(call: Any) -> tuple[Tensor, Tensor]:
-    """`out [N, H·dv]` and the log-sum-exp `[N, H]`, in float32, of a `recattn.composite.target_attention.Call`."""
+    """`out [N, H·dv]`, and of the softmax maximum in base 2 and sum `[N, H, 2]`, in float32."""
     data, batch, count = data_of(call), call.offsets.numel() - 1, call.query.shape[0]
     launch = settings.candidates_forward(*_shape(call))
     blocks, most = _blocks(call, launch.candidates)
     splits = launch.splits(most * call.heads, call.total // max(batch, 1), call.keys.device)
     shape = (splits, count) if splits > 1 else (count,)
     out = torch.zeros(*shape, call.values.shape[1], dtype=torch.float32, device=call.keys.device)
-    lse = out.new_full((*shape, call.heads), -torch.inf)
+    peak_mass = out.new_zeros(*shape, call.heads, 2)
     if batch and count and call.total:
         spec = spec_of(call, data, launch, 1, columns=launch.candidates)
         _candidates_forward_kernel[(most, call.heads, splits)](
-            data, blocks, out, lse, count, SPEC=spec, num_warps=launch.num_warps
+            data, blocks, out, peak_mass, count, SPEC=spec, num_warps=launch.num_warps
         )
-    return _joined(out, lse, call) if splits > 1 else (out, lse)
+    return _joined(out, peak_mass, call) if splits > 1 else (out, peak_mass)
 
 
-def _joined(out: Tensor, lse: Tensor, call: Any) -> tuple[Tensor, Tensor]:
+def _joined(out: Tensor, peak_mass: Tensor, call: Any) -> tuple[Tensor, Tensor]:
     """Of parts `[splits, N, *]`."""
     if call.normalize != "softmax":
-        return out.sum(0), lse[0]
-    total = lse.logsumexp(0)
-    share = (lse - total.masked_fill(total == -torch.inf, 0)).exp_()
-    return (out.unflatten(2, (call.heads, -1)) * share.unsqueeze(3)).sum(0).flatten(1), total
+        return out.sum(0), peak_mass[0]
+    peaks, masses = peak_mass.unbind(3)
+    peak = peaks.amax(0)
+    masses = masses * torch.exp2(peaks - peak)
+    mass = masses.sum(0)
+    share = masses / mass.masked_fill(mass == 0, 1)
+    out = (out.unflatten(2, (call.heads, -1)) * share.unsqueeze(3)).sum(0).flatten(1)
+    return out, torch.stack((peak, mass), 2)
 
 
 def _shape(call: Any) -> tuple[str, int, float]:
@@ -202,7 +205,7 @@ def _blocks(call: Any, size: int) -> tuple[Groups, int]:
 
 @triton.jit
 def load_candidates(data, upstream, candidate, rest, head, SPEC: tl.constexpr):
-    """Queries, dL/dout, log2-sum-exp2 and delta of a block; zeros that add nothing where there are fewer."""
+    """Queries, dL/dout, softmax and delta of a block; zeros that add nothing where there are fewer."""
     ROWS: tl.constexpr = get(SPEC, "columns")
     HEADS: tl.constexpr = get(SPEC, "heads")
     DIM: tl.constexpr = get(SPEC, "dim")
@@ -213,13 +216,12 @@ def load_candidates(data, upstream, candidate, rest, head, SPEC: tl.constexpr):
     query = data.query + candidate * data.query_stride + head * DIM
     grad_out = upstream.grad_out + candidate * (HEADS * VALUE_DIM) + head * VALUE_DIM
     place = candidate * HEADS + head
-    log_mass = tl.load(upstream.lse + place + row * HEADS, mask=alive, other=float("inf")) * LOG2_E
+    shift, part = load_softmax(upstream.peak_mass, place + row * HEADS, alive, SPEC)
     delta = tl.load(upstream.delta + place + row * HEADS, mask=alive, other=0.0)
     return (
         load_tile(query, row, alive, data.query_stride, DIM, SLAB, False),
         load_tile(grad_out, row, alive, HEADS * VALUE_DIM, VALUE_DIM, SLAB, False),
-        # Where nothing is seen it is -inf, and so are all scores: their difference would be NaN.
-        tl.where(log_mass == float("-inf"), 0.0, log_mass)[None, :],
+        (shift[None, :], part[None, :]),
         (delta * bias_factor(data.scale, SPEC))[None, :],
     )
 
@@ -252,13 +254,13 @@ def _attend_backward(data, block, grads, start, valid, head, first, last, acc, S
     """Adds a block's share to the gradients of the tokens from `start` on, and theirs to the block's own, `acc`."""
     PRECISION: tl.constexpr = get(SPEC, "precision")
     HEADS: tl.constexpr = get(SPEC, "heads")
-    q, g, log_mass, delta = block
+    q, g, softmax, delta = block
     grad_key, grad_value, part_key, part_value, grad_bias = grads
     k, v = load_keys_values(data, start, valid, head, SPEC, False)
     bias = load_bias(data, start, valid, head, SPEC, False)[:, None]
     zero = tl.zeros([valid.shape[0], get(SPEC, "columns")], tl.float32)
     s = finish_scores(products(k, transposed(q), zero, PRECISION), data.scale, bias, SPEC)
-    a = attention(s, valid[:, None], log_mass, SPEC, True)  # [tokens, candidates]
+    a = attention(s, valid[:, None], softmax, SPEC, True)  # [tokens, candidates]
     grad = products(v, transposed(g), zero, PRECISION)
     grad = attention_backward(grad, a, valid[:, None], bias_factor(data.scale, SPEC), delta, SPEC, True)
     start += tl.program_id(2).to(tl.int64) * data.total

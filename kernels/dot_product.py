@@ -38,7 +38,7 @@ class Upstream(NamedTuple):
 
     grad_out: Tensor  # [N, H·dv]
     delta: Tensor  # [N, H], Σ_t a_t dL/da_t - dL/dlse
-    lse: Tensor  # [N, H]
+    peak_mass: Tensor  # [N, H, 2], of the softmax the maximum in base 2 and the sum
 
 
 @dataclass(frozen=True)
@@ -210,14 +210,31 @@ def finish_scores(s, scale, bias, SPEC: tl.constexpr):
 
 
 @triton.jit
-def attention(s, valid, log_mass, SPEC: tl.constexpr, MASKED: tl.constexpr):
-    """The attention from scores, zero where MASKED and not valid; `log_mass`, in base 2, broadcasts."""
+def load_softmax(pointer, place, alive, SPEC: tl.constexpr):
+    """`(shift, part)`: an attention is 2^(score - shift)·part. Who is not alive attends to nothing, whatever the
+    bias."""
+    shift = tl.load(pointer + 2 * place, mask=alive, other=float("inf"))
+    mass = tl.load(pointer + 2 * place + 1, mask=alive, other=1.0)
+    mass = tl.where(mass > 0, mass, 1.0)  # where a bias of -inf hides all, and for exp
+    # In one exponent with it the sum costs all of a history some bits, in one direction.
+    if get(SPEC, "approx"):
+        shift += tl.log2(mass)
+    return shift, 1 / mass
+
+
+@triton.jit
+def attention(s, valid, softmax, SPEC: tl.constexpr, MASKED: tl.constexpr):
+    """The attention from scores, zero where MASKED and not valid; `softmax`, of `load_softmax`, broadcasts."""
     APPROX: tl.constexpr = get(SPEC, "approx")
     if get(SPEC, "normalize") == "softmax" or get(SPEC, "normalize") == "exp":
-        s -= log_mass  # for exp 0, or infinite to hide
+        shift, part = softmax
+        s -= shift
         if MASKED:
             s = tl.where(valid, s, float("-inf"))
-        return exp2(s, APPROX)
+        a = exp2(s, APPROX)
+        if get(SPEC, "normalize") == "softmax" and not APPROX:
+            a *= part
+        return a
     elif get(SPEC, "normalize") == "sigmoid":
         a = 1 / (1 + exp2(-s, APPROX))
         if MASKED:

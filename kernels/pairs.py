@@ -68,6 +68,11 @@ class Spec:
         return self.count * (self.count - 1) // 2
 
     @property
+    def few(self) -> bool:
+        """Whether pairs are so few that backward sums up their delta itself, where products are exact."""
+        return 1 < self.pairs <= settings.FEW_PAIRS and self.precision != "tf32"
+
+    @property
     def gain(self) -> float:
         return 1 / (1 - self.dropout)
 

@@ -35,7 +35,7 @@ from .pairs import (
     units,
     widened,
 )
-from .primitives import LN_2, LOG2_E, dot, exp2, scale, store_rows, zero_rows
+from .primitives import LOG2_E, dot, exp2, scale, store_rows, zero_rows
 from .score_dropout import kept, row_keys
 from .settings import Kernel
 
@@ -134,7 +134,7 @@ def _attend(
     if get(SPEC, "scores"):
         places = _pair_places(i, j, FROM, TO, WITHIN, COUNT, SPEC)
         place = rows.place[:, None] * get(SPEC, "pairs") + places[None, :]
-        tl.store(out + place, s, mask=rows.valid[:, None] & alive[None, :])
+        tl.store(out + place, s * LOG2_E, mask=rows.valid[:, None] & alive[None, :])
     top = tl.maximum(peak, tl.max(s, 1) * LOG2_E)
     factor = exp2(peak - top, APPROX)
     p = exp2(s * LOG2_E - top[:, None], APPROX)
@@ -185,8 +185,8 @@ def _attend_within(state, own, wide, net, heads, rows, keys, i, out, COUNT: tl.c
 
 
 @triton.jit
-def _forward_kernel(data, out, lse, scores, SPEC: tl.constexpr):
-    """Programs along the second axis share the pairs; each writes `out [B, K]` and `lse [B]` of its own."""
+def _forward_kernel(data, out, peak_mass, scores, SPEC: tl.constexpr):
+    """Programs along the second axis share the pairs; each writes `out [B, K]` and `peak_mass [B, 2]` of its own."""
     ROWS: tl.constexpr = get(SPEC, "rows")
     GROUP: tl.constexpr = get(SPEC, "group")
     FIRST: tl.constexpr = get(SPEC, "first")
@@ -235,12 +235,12 @@ def _forward_kernel(data, out, lse, scores, SPEC: tl.constexpr):
             )
     peak, mass, acc = state
     mass = tl.sum(mass, 1)
-    some = mass > 0
-    norm = get(SPEC, "gain") / tl.where(some, mass, 1.0)
+    norm = get(SPEC, "gain") / tl.where(mass > 0, mass, 1.0)  # a program may have no pair
     base = share.to(tl.int64) * data.batch
     place = base + rows.place
     store_rows(out, scale(acc, norm[:, None]), place, get(SPEC, "dim"), rows.valid, get(SPEC, "dim"), 16)
-    tl.store(lse + place, tl.where(some, (peak + tl.log2(mass)) * LN_2, float("-inf")), mask=rows.valid)
+    tl.store(peak_mass + 2 * place, peak, mask=rows.valid)
+    tl.store(peak_mass + 2 * place + 1, mass, mask=rows.valid)
 
 
 def kernel_of(call: Any) -> Kernel:  # noqa: ARG001 (as of every operator)
@@ -249,7 +249,8 @@ def kernel_of(call: Any) -> Kernel:  # noqa: ARG001 (as of every operator)
 
 
 def forward(call: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """`out [B, K]`, the log-sum-exp of the scores `[B]` and, if weights are wanted, the scores `[B, P]`, in float32.
+    """`out [B, K]`, of the softmax maximum and sum `[B, 2]`, and, if weights are wanted, the scores `[B, P]`; all in
+    float32, scores and maximum in base 2.
 
     `call` is a `recattn.composite.pairwise_pool.Call`.
     """
@@ -258,15 +259,23 @@ def forward(call: Any) -> tuple[Tensor, Tensor, Tensor]:
     launch = settings.forward(call)
     shares = settings.shares(launch, call)
     out = new(shares, batch, width, dtype=torch.float32)
-    lse = new(shares, batch, dtype=torch.float32)
+    peak_mass = new(shares, batch, 2, dtype=torch.float32)
     scores = out.new_empty(batch, call.pairs if call.return_weights else 0)
     if call.pairs and batch:
         data = arguments(call)
         _forward_kernel[(triton.cdiv(batch, launch.rows), shares)](
-            data, out, lse, scores, SPEC=spec_of(call, data, launch), num_warps=launch.num_warps
+            data, out, peak_mass, scores, SPEC=spec_of(call, data, launch), num_warps=launch.num_warps
         )
         if shares > 1:
-            parts = lse
-            lse = torch.logsumexp(parts, 0, keepdim=True)
-            out = torch.linalg.vecdot(out, (parts - lse).exp_().unsqueeze(2), dim=0).unsqueeze(0)
-    return out[0], lse[0], scores
+            return *_joined(out, peak_mass), scores
+    return out[0], peak_mass[0], scores
+
+
+def _joined(out: Tensor, peak_mass: Tensor) -> tuple[Tensor, Tensor]:
+    """Of programs that shared the pairs, `[shares, B, *]`."""
+    peaks, masses = peak_mass.unbind(2)
+    peak = peaks.amax(0)
+    masses = masses * torch.exp2(peaks - peak)
+    mass = masses.sum(0)
+    out = torch.linalg.vecdot(out, (masses / mass).unsqueeze(2), dim=0)
+    return out, torch.stack((peak, mass), 1)

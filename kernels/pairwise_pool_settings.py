@@ -6,10 +6,12 @@ from typing import Any, NamedTuple
 
 from .settings import multiprocessors, precision
 
-__all__ = ["BACKWARD", "FORWARD", "MOST_FIELDS", "WIDEST", "PairsLaunch", "precision"]
+__all__ = ["BACKWARD", "FEW_PAIRS", "FORWARD", "MOST_FIELDS", "WIDEST", "PairsLaunch", "precision"]
 
 WIDEST = 64  # of fields and of the network
+NARROW = 32
 MOST_FIELDS = 256
+FEW_PAIRS = 28  # of which one program makes all, in backward twice
 
 
 class PairsLaunch(NamedTuple):
@@ -18,6 +20,7 @@ class PairsLaunch(NamedTuple):
     num_warps: int
     num_stages: int
     programs_per_sm: int
+    wide_slabs: int = 1  # of 16 units, for whose gradients a program of a wide network makes all pairs
 
 
 FORWARD = {
@@ -26,7 +29,7 @@ FORWARD = {
     "ieee": PairsLaunch(16, 64, 1, 1, 16),
 }
 BACKWARD = {
-    "half": PairsLaunch(16, 32, 1, 1, 8),
+    "half": PairsLaunch(16, 32, 1, 1, 8, 2),
     "tf32": PairsLaunch(16, 32, 1, 1, 8),
     "ieee": PairsLaunch(16, 16, 1, 1, 8),
 }
@@ -38,6 +41,12 @@ def forward(call: Any) -> PairsLaunch:
 
 def backward(call: Any) -> PairsLaunch:
     return BACKWARD[precision(call.fields.dtype)]
+
+
+def wide(call: Any) -> bool:
+    """Whether backward takes the network's gradients apart, as they do not fit into registers."""
+    hidden, dim = call.weight.shape
+    return max(hidden, dim) > NARROW
 
 
 def group(launch: PairsLaunch, call: Any) -> int:

@@ -30,7 +30,7 @@ from .dot_product import (
     uncovered,
     value_width,
 )
-from .primitives import LN_2, LOG2_E, columns, dot, exp2, scale, slab_count, slab_size
+from .primitives import LN_2, columns, dot, exp2, scale, slab_count, slab_size
 from .schedule import find_sequence, rows_per_program
 
 __all__ = ["forward", "uncovered"]
@@ -141,14 +141,14 @@ def _attend(data, origin, step, valid, q, bounds, head, group, state, SPEC: tl.c
             mass = dot(ones, p, mass, PRECISION)
         acc = accumulate(v, p, acc, PRECISION)
     else:
-        p = attention(s, met, 0.0, SPEC, not FULL)
+        p = attention(s, met, (0.0, 1.0), SPEC, not FULL)
         acc = accumulate(v, p.to(v[0].dtype), acc, PRECISION)
     return peak, mass, acc
 
 
 @triton.jit
-def _forward_kernel(data, out, lse, SPEC: tl.constexpr):
-    """Rows of `out [B + 2·programs, H·dv]` and `lse` from B on are for the parts of histories that are cut."""
+def _forward_kernel(data, out, peak_mass, SPEC: tl.constexpr):
+    """Rows of `out [B + 2·programs, H·dv]` and `peak_mass` from B on are for the parts of histories that are cut."""
     BLOCK: tl.constexpr = get(SPEC, "block")
     TAIL: tl.constexpr = get(SPEC, "tail")
     TOGETHER: tl.constexpr = get(SPEC, "together")
@@ -198,11 +198,12 @@ def _forward_kernel(data, out, lse, SPEC: tl.constexpr):
         row = tl.where(whole, owner, slot).to(tl.int64)
         if get(SPEC, "normalize") == "softmax":
             norm = tl.max(mass, 0)
-            some = norm > 0  # unless a bias of -inf hides all
-            norm = tl.where(some, norm, 1.0)
-            place = lse + row * HEADS + group * get(SPEC, "heads_together") + head
-            tl.store(place, tl.where(some, (peak + tl.log2(norm)) * LN_2, float("-inf")), mask=seen)
-            acc = scale(acc, (1 / norm)[None, :])
+            place = peak_mass + 2 * (row * HEADS + group * get(SPEC, "heads_together") + head)
+            tl.store(place, peak, mask=seen)
+            tl.store(place + 1, norm, mask=seen)
+            acc = scale(
+                acc, (1 / tl.where(norm > 0, norm, 1.0))[None, :]
+            )  # zero where a bias of -inf hides all
         store_columns(
             out, HEADS * get(SPEC, "value_dim"), acc, row, seen, head, group, get(SPEC, "value_dim"), SPEC
         )
@@ -213,7 +214,7 @@ def _forward_kernel(data, out, lse, SPEC: tl.constexpr):
 @triton.jit
 def _join_kernel(
     out,
-    lse,
+    peak_mass,
     offsets,
     batch,
     programs,
@@ -241,18 +242,20 @@ def _join_kernel(
     inside = column < DIM
     row = (batch + 2 * program - 1).to(tl.int64) * HEADS + head
     acc = tl.load(out + row * DIM + column, mask=inside, other=0.0)
-    peak = tl.load(lse + row) * LOG2_E if SOFTMAX else 0.0
-    mass = 1.0
+    if SOFTMAX:
+        peak = tl.load(peak_mass + 2 * row)
+        mass = tl.load(peak_mass + 2 * row + 1)
+        acc *= mass
     while boundary < last_row:
         row = (batch + 2 * program).to(tl.int64) * HEADS + head
         term = tl.load(out + row * DIM + column, mask=inside, other=0.0)
         if SOFTMAX:
-            term_peak = tl.load(lse + row) * LOG2_E
-            higher = tl.maximum(tl.maximum(peak, term_peak), LOWEST)
+            term_peak = tl.load(peak_mass + 2 * row)
+            higher = tl.maximum(peak, term_peak)
             factor = tl.exp2(peak - higher)
-            term_factor = tl.exp2(term_peak - higher)
-            mass = mass * factor + term_factor
-            acc = acc * factor + term * term_factor
+            term_mass = tl.load(peak_mass + 2 * row + 1) * tl.exp2(term_peak - higher)
+            mass = mass * factor + term_mass
+            acc = acc * factor + term * term_mass
             peak = higher
         else:
             acc += term
@@ -260,30 +263,30 @@ def _join_kernel(
         boundary += share
     row = sequence.to(tl.int64) * HEADS + head
     if SOFTMAX:
-        norm = tl.where(mass > 0, mass, 1.0)
-        acc /= norm
-        tl.store(lse + row, tl.where(mass > 0, (peak + tl.log2(norm)) * LN_2, float("-inf")))
+        acc /= tl.where(mass > 0, mass, 1.0)
+        tl.store(peak_mass + 2 * row, peak)
+        tl.store(peak_mass + 2 * row + 1, mass)
     tl.store(out + row * DIM + column, acc, mask=inside)
 
 
 def join(
-    out: Tensor, lse: Tensor | None, offsets: Tensor, programs: int, heads: int, least_rows: int
+    out: Tensor, peak_mass: Tensor | None, offsets: Tensor, programs: int, heads: int, least_rows: int
 ) -> None:
     """Joins the parts of cut histories, in the last 2·programs rows of `out [B + 2·programs, H·d]`, into their rows:
-    sums, or with each part's log-sum-exp the softmax's average and log-sum-exp."""
+    sums, or with each part's maximum and sum the softmax's average, maximum and sum."""
     if programs == 1:
         return
     dim = out.shape[1] // heads
     _join_kernel[(programs - 1, heads)](
         out,
-        out if lse is None else lse,
+        out if peak_mass is None else peak_mass,
         offsets,
         offsets.numel() - 1,
         programs,
         HEADS=heads,
         DIM=dim,
         BLOCK=triton.next_power_of_2(dim),
-        SOFTMAX=lse is not None,
+        SOFTMAX=peak_mass is not None,
         LEAST_ROWS=least_rows,
         num_warps=1,
     )
@@ -300,11 +303,18 @@ def kernel_of(call: Any) -> settings.Kernel:
     return settings.Kernel("classic", "one query per history")
 
 
-def forward(call: Any) -> tuple[Tensor, Tensor]:
-    """`out [N, H·dv]` and the log-sum-exp `[N, H]`, in float32, of a `recattn.composite.target_attention.Call`."""
+def forward(call: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """`out [N, H·dv]`, the log-sum-exp of the scores `[N, H]` if wanted, and of the softmax the maximum in base 2 and
+    the sum `[N, H, 2]`; in float32, of a `recattn.composite.target_attention.Call`."""
     kernel = kernel_of(call).name
-    if kernel == "candidates":
-        return candidate_attention.forward(call)
+    out, peak_mass = (candidate_attention.forward if kernel == "candidates" else _forward)(call)
+    if not call.return_lse:
+        return out, out.new_empty(0), peak_mass
+    peak, mass = peak_mass.unbind(2)
+    return out, mass.log2().add_(peak).mul_(LN_2.value), peak_mass
+
+
+def _forward(call: Any) -> tuple[Tensor, Tensor]:
     precision = settings.precision(call.keys.dtype)
     batch, total = call.offsets.numel() - 1, call.total
     width = max(call.keys.shape[1], call.values.shape[1]) // call.heads
@@ -319,22 +329,22 @@ def forward(call: Any) -> tuple[Tensor, Tensor]:
         heads,
         least_rows=launch.least_rows,
         columns=8,
-        together=8 // heads if kernel == "packed" else 1,
+        together=8 // heads if kernel_of(call).name == "packed" else 1,
     )
     out = torch.zeros(
         batch + 2 * programs, call.values.shape[1], dtype=torch.float32, device=call.keys.device
     )
-    lse = out.new_full((batch + 2 * programs, call.heads), -torch.inf)
+    peak_mass = out.new_zeros(batch + 2 * programs, call.heads, 2)
     if batch and total:
         _forward_kernel[(programs, call.heads // heads)](
-            data, out, lse, SPEC=spec, num_warps=launch.num_warps
+            data, out, peak_mass, SPEC=spec, num_warps=launch.num_warps
         )
         join(
             out,
-            lse if spec.normalize == "softmax" else None,
+            peak_mass if spec.normalize == "softmax" else None,
             data.offsets,
             programs,
             call.heads,
             launch.least_rows,
         )
-    return out[:batch], lse[:batch]
+    return out[:batch], peak_mass[:batch]

@@ -23,6 +23,7 @@ from .dot_product import (
     heads_together,
     key_width,
     load_keys_values,
+    load_softmax,
     outer,
     products,
     spec_of,
@@ -31,7 +32,6 @@ from .dot_product import (
     value_width,
     zero_flat,
 )
-from .primitives import LOG2_E
 from .schedule import find_sequence, rows_per_program
 from .target_attention import (
     column_owners,
@@ -62,13 +62,13 @@ def _attend_backward(
     """Writes the gradients of the tokens from `origin + step` on; returns the query's, `acc`, with theirs added."""
     PRECISION: tl.constexpr = get(SPEC, "precision")
     HEADS: tl.constexpr = get(SPEC, "heads")
-    q, g, log_mass, delta = columns
+    q, g, shift, part, delta = columns
     grad_key, grad_value, grad_bias = grads
     start = origin + step
     k, v = load_keys_values(data, start, valid, group, SPEC, FULL)
     met = meets(step, valid, bounds, SPEC)
     s = column_scores(data, k, transposed(q), start, valid, head, group, SPEC, FULL)
-    a = attention(s, met, log_mass[None, :], SPEC, not FULL)  # [tokens, columns]
+    a = attention(s, met, (shift[None, :], part[None, :]), SPEC, not FULL)  # [tokens, columns]
     grad = products(v, transposed(g), tl.zeros(a.shape, tl.float32), PRECISION)
     grad = attention_backward(grad, a, met, bias_factor(data.scale, SPEC), delta[None, :], SPEC, not FULL)
     token = tl.arange(0, valid.shape[0])
@@ -147,14 +147,12 @@ def _backward_kernel(data, upstream, grad_query, grad_key, grad_value, grad_bias
         origin = begin.to(tl.int64)
         bounds = ((first_row - origin).to(tl.int32), (tl.minimum(last_row, stop) - origin).to(tl.int32))
         place = owner.to(tl.int64) * HEADS + group * get(SPEC, "heads_together") + head
-        # A column that is none attends to nothing, whatever the bias.
-        log_mass = tl.load(upstream.lse + place, mask=live, other=float("inf")) * LOG2_E
-        # Where nothing is seen it is -inf, and so are all scores: their difference would be NaN.
-        log_mass = tl.where(log_mass == float("-inf"), 0.0, log_mass)
+        shift, part = load_softmax(upstream.peak_mass, place, live, SPEC)
         queries = (
             load_columns(data.query, data.query_stride, owners, group, DIM, SPEC),
             load_columns(upstream.grad_out, HEADS * VALUE_DIM, owners, group, VALUE_DIM, SPEC),
-            log_mass,
+            shift,
+            part,
             tl.load(upstream.delta + place, mask=live, other=0.0) * bias_factor(data.scale, SPEC),
         )
         acc = zero_columns(key_width(SPEC), SPEC)
@@ -187,10 +185,10 @@ def _backward_kernel(data, upstream, grad_query, grad_key, grad_value, grad_bias
 
 
 def backward(
-    call: Any, grad_out: Tensor, delta: Tensor, lse: Tensor
+    call: Any, grad_out: Tensor, delta: Tensor, peak_mass: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Gradients of query, keys, values and bias of a `recattn.composite.target_attention.Call`."""
-    upstream = Upstream(grad_out.contiguous(), delta.contiguous(), lse.contiguous())
+    upstream = Upstream(grad_out.contiguous(), delta.contiguous(), peak_mass.contiguous())
     if call.query_offsets is not None:
         query, keys, values, bias = candidate_attention.backward(call, upstream)
     else:

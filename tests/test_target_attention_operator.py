@@ -37,6 +37,7 @@ def arguments(case: Case) -> tuple[Any, ...]:
         case.heads,
         0.3,
         case.normalize,
+        case.return_lse,
         "auto",
     )
 

@@ -8,7 +8,6 @@ block; backward makes them again.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -107,31 +106,34 @@ class _Block:
 
 
 def forward(call: Call) -> tuple[Tensor, Tensor, Tensor]:
-    """`out [B, K]`, the log-sum-exp of the scores `[B]`, the weights `[B, P]` if wanted, in the dtype to compute in."""
+    """`out [B, K]`, of the softmax maximum and sum `[B, 2]`, the weights `[B, P]` if wanted; all in the dtype to
+    compute in."""
     batch, _, width = call.fields.shape
     out = call.fields.new_zeros(batch, width, dtype=call.dtype)
-    lse = out.new_full((batch,), -math.inf)
+    peak_mass = out.new_zeros(batch, 2)
     weights = out.new_empty(batch, call.pairs if call.return_weights else 0)
     if not call.pairs:
-        return out, lse, weights
+        return out, peak_mass, weights
     places = _places(call)
     for rows in call.blocks():
         block = _Block(call, rows)
-        torch.logsumexp(block.scores, 0, out=lse[rows])
-        attention = block.scores.sub_(lse[rows]).exp_()
+        torch.amax(block.scores, 0, out=peak_mass[rows, 0])
+        attention = block.scores.sub_(peak_mass[rows, 0]).exp_()
+        torch.sum(attention, 0, out=peak_mass[rows, 1])
+        attention.div_(peak_mass[rows, 1])
         keep = _keep(call, rows, places)
         if keep is not None:
             attention.mul_(keep)
         out[rows] = torch.bmm(attention.t().unsqueeze(1), block.ring.products.transpose(0, 1)).squeeze(1)
         if call.return_weights:
             weights[rows] = weights.new_empty(attention.t().shape).index_copy_(1, places, attention.t())
-    return out, lse, weights
+    return out, peak_mass, weights
 
 
 def backward(
-    call: Call, grad_out: Tensor, grad_weights: Tensor | None, delta: Tensor, lse: Tensor
+    call: Call, grad_out: Tensor, grad_weights: Tensor | None, peak_mass: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of fields, weight, bias and projection. `delta [B]` is Σ_p a_p dL/da_p."""
+    """Gradients of fields, weight, bias and projection."""
     fields = torch.zeros_like(call.fields, memory_format=torch.contiguous_format)
     weight, bias, projection = (
         torch.zeros_like(x, dtype=call.dtype) for x in (call.weight, call.bias, call.projection)
@@ -143,7 +145,7 @@ def backward(
     for rows in call.blocks():
         block = _Block(call, rows)
         upstream = grad_out[rows].to(call.dtype)
-        attention = block.scores.sub_(lse[rows]).exp_()
+        attention = block.scores.sub_(peak_mass[rows, 0]).exp_().div_(peak_mass[rows, 1])
         grad = torch.bmm(block.ring.products.transpose(0, 1), upstream.unsqueeze(2)).squeeze(2).t()
         if grad_weights is not None:
             grad = grad + grad_weights[rows].to(call.dtype).index_select(1, places).t()
@@ -151,7 +153,9 @@ def backward(
         pooled = attention
         if keep is not None:
             grad, pooled = grad * keep, attention * keep
-        grad = (grad - delta[rows]).mul_(attention).reshape(-1)  # dL/ds
+        # What dL/da is compared with is a sum of the same numbers: of `out`, it would be off for all pairs alike.
+        delta = torch.linalg.vecdot(attention, grad, dim=0)
+        grad = (grad - delta).mul_(attention).reshape(-1)  # dL/ds
         projection += torch.mv(block.hidden.t(), grad)
         through = block.hidden.sign_().mul_(grad.unsqueeze(1))  # dL/dz over the projection
         bias += through.sum(0)
@@ -164,9 +168,9 @@ def backward(
     return fields, weight, bias, projection
 
 
-def weights_of(call: Call, scores: Tensor, lse: Tensor) -> Tensor:
-    """The weights from all scores `[B, P]`."""
-    weights = torch.exp(scores - lse.unsqueeze(1))
+def weights_of(call: Call, scores: Tensor, peak_mass: Tensor) -> Tensor:
+    """The weights from all scores `[B, P]`, in base 2 as their maximum."""
+    weights = torch.exp2(scores - peak_mass[:, :1]).div_(peak_mass[:, 1:])
     if call.seed is None:
         return weights
     row, column = (torch.arange(n, device=weights.device) for n in weights.shape)

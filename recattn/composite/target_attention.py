@@ -33,6 +33,7 @@ class Call(NamedTuple):
     heads: int
     scale: float
     normalize: str
+    return_lse: bool
 
     @property
     def dtype(self) -> torch.dtype:
@@ -44,24 +45,30 @@ class Call(NamedTuple):
         return self.keys.shape[0] if self.rows is None else self.rows.shape[0]
 
 
-def forward(call: Call) -> tuple[Tensor, Tensor]:
-    """`out [N, H·dv]` and the log-sum-exp `[N, H]` of the scores, in `call.dtype`."""
+def forward(call: Call) -> tuple[Tensor, Tensor, Tensor]:
+    """`out [N, H·dv]`, the log-sum-exp `[N, H]` of the scores if wanted, and what backward needs of the softmax:
+    maximum and sum `[N, H, 2]` where histories have one query. All in `call.dtype`."""
     out = call.values.new_zeros(call.query.shape[0], call.values.shape[1], dtype=call.dtype)
-    lse = out.new_full((call.query.shape[0], call.heads), -math.inf)
+    peak_mass = out.new_zeros(call.query.shape[0], call.heads, 2)
+    lse = out.new_full(peak_mass.shape[:2] if call.return_lse else (0,), -math.inf)
     if call.total and out.shape[0]:
-        (_forward_rows if call.query_offsets is None else _forward_groups)(call, out, lse)
-    return out, lse
+        if call.query_offsets is None:
+            _forward_rows(call, out, lse, peak_mass)
+        else:
+            _forward_groups(call, out, lse)
+    return out, lse, peak_mass
 
 
 def backward(
-    call: Call, grad_out: Tensor, delta: Tensor, lse: Tensor
+    call: Call, grad_out: Tensor, delta: Tensor, peak_mass: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Gradients of query, keys, values and bias. `delta [N, H]` is Σ_t a_t dL/da_t - dL/dlse, for softmax."""
     grads = Gradients.of(call)
     if call.total and call.query.shape[0]:
-        (_backward_rows if call.query_offsets is None else _backward_groups)(
-            call, grad_out, delta, lse, grads
-        )
+        if call.query_offsets is None:
+            _backward_rows(call, grad_out, delta, peak_mass, grads)
+        else:
+            _backward_groups(call, grad_out, delta, grads)
     if call.rows is None:
         _zero_slack_(grads.keys, call.offsets)
         _zero_slack_(grads.values, call.offsets)
@@ -93,11 +100,18 @@ class Gradients(NamedTuple):
 # ---------------------------------------------------------------------------------------------- attention
 
 
-def _attention_(scores: Tensor, lse: Tensor, normalize: str) -> Tensor:
-    """The attention from scores, in place; `lse` broadcasts."""
-    if normalize == "softmax":
-        return scores.sub_(lse.masked_fill(lse == -math.inf, 0)).exp_()
+def _attention_(scores: Tensor, normalize: str, peak_mass: Tensor | None = None) -> Tensor:
+    """The attention from scores, in place; for softmax from its maximum and sum too, `[..., 2]`, which broadcast.
+
+    A log-sum-exp in their place would cost all of a history some bits, in one direction."""
+    if peak_mass is not None:
+        peak, mass = peak_mass.unbind(-1)
+        return _powers_(scores, peak).div_(mass.masked_fill(mass == 0, 1))
     return scores if normalize == "none" else getattr(scores, f"{normalize}_")()
+
+
+def _powers_(scores: Tensor, peak: Tensor) -> Tensor:
+    return scores.sub_(peak.masked_fill(peak == -math.inf, 0)).exp_()
 
 
 def _scores_backward_(grad: Tensor, attention: Tensor, delta: Tensor, normalize: str) -> Tensor:
@@ -171,7 +185,7 @@ def _by_head(x: Tensor, weights: Tensor, heads: int) -> tuple[Tensor, Tensor]:
     return x.unflatten(-1, (heads, -1)), weights.unsqueeze(-1)
 
 
-def _forward_rows(call: Call, out: Tensor, lse: Tensor) -> None:
+def _forward_rows(call: Call, out: Tensor, lse: Tensor, peak_mass: Tensor) -> None:
     read = _Reader(call)
     query = call.query.to(call.dtype)
     scores = out.new_empty(call.total, call.heads)
@@ -180,31 +194,33 @@ def _forward_rows(call: Call, out: Tensor, lse: Tensor) -> None:
     for span in Histories.of(call.offsets, call.total).spans():
         rows = scores[span.rows]
         if call.normalize == "softmax":
-            _softmax_(rows, lse, span)
+            _softmax_(rows, peak_mass, span)
         else:
-            _attention_(rows, lse, call.normalize)
+            _attention_(rows, call.normalize)
+    if call.return_lse:
+        torch.add(peak_mass[..., 0], peak_mass[..., 1].log(), out=lse)
     for block in read.blocks():
         out[block.owners] += read.sum(block, read(call.values, block), scores[block.rows])
 
 
-def _softmax_(scores: Tensor, lse: Tensor, span: Block) -> None:
-    """Softmax over each sequence of a span, in place; its log-sum-exp goes into `lse [B, H]`."""
-    lse[span.owners] = span.reduce(scores, "max")
-    attention = _attention_(span.split(scores), span.take(lse), "softmax")
-    mass = torch.ones_like(lse)
+def _softmax_(scores: Tensor, peak_mass: Tensor, span: Block) -> None:
+    """Softmax over each sequence of a span, in place; its maximum and sum go into `peak_mass [B, H, 2]`."""
+    peak, mass = peak_mass.unbind(-1)
+    peak[span.owners] = span.reduce(scores, "max")
+    attention = _powers_(span.split(scores), span.take(peak))
     mass[span.owners] = span.reduce(scores, "sum")
-    lse.add_(mass.log())
-    attention.div_(span.take(mass.masked_fill_(mass == 0, 1)))
+    attention.div_(span.take(mass.masked_fill(mass == 0, 1)))
 
 
-def _backward_rows(call: Call, grad_out: Tensor, delta: Tensor, lse: Tensor, grads: Gradients) -> None:
+def _backward_rows(call: Call, grad_out: Tensor, delta: Tensor, peak_mass: Tensor, grads: Gradients) -> None:
     read = _Reader(call)
     query, grad_out = call.query.to(call.dtype), grad_out.to(call.dtype)
     for block in read.blocks():
         keys, values = read(call.keys, block), read(call.values, block)
         q, upstream = block.take(query), block.take(grad_out)
         scores = read.scores(block, keys, q)
-        _attention_(block.split(scores), block.take(lse), call.normalize)
+        state = block.take(peak_mass) if call.normalize == "softmax" else None
+        _attention_(block.split(scores), call.normalize, state)
         grad = read.dot(block, values, upstream)
         _scores_backward_(block.split(grad), block.split(scores), block.take(delta), call.normalize)
         if grads.bias is not None:
@@ -295,6 +311,15 @@ class _GroupReader:
             scores.masked_fill_(group.hidden, -math.inf)
         return scores
 
+    def attention(self, group: _Group, scores: Tensor) -> Tensor:
+        """May overwrite the scores."""
+        if self.call.normalize != "softmax":
+            return self.hide_(group, _attention_(scores, self.call.normalize))
+        attention = torch.softmax(scores, 2)
+        if self.bias is not None or group.hidden is not None:  # which may hide all
+            attention.masked_fill_(scores.amax(2, keepdim=True) == -math.inf, 0)
+        return attention
+
     def hide_(self, group: _Group, x: Tensor) -> Tensor:
         return x if group.hidden is None else x.masked_fill_(group.hidden, 0)
 
@@ -313,30 +338,20 @@ def _forward_groups(call: Call, out: Tensor, lse: Tensor) -> None:
     for group in _groups(call):
         keys, values = read.tokens(read.keys, group.tokens), read.tokens(read.values, group.tokens)
         scores = read.scores(group, read.candidates(read.query, group), keys)
-        if call.normalize == "softmax":
-            mass = torch.logsumexp(scores, 2)
-            lse_by_head[:, group.candidates] = mass
-            attention = torch.softmax(scores, 2)
-            if call.bias is not None or group.hidden is not None:  # which may hide all
-                attention.masked_fill_((mass == -math.inf).unsqueeze(2), 0)
-        else:
-            attention = read.hide_(group, _attention_(scores, lse, call.normalize))
-        out_by_head[:, group.candidates] = torch.bmm(attention, values)
+        if call.return_lse:
+            lse_by_head[:, group.candidates] = torch.logsumexp(scores, 2)
+        out_by_head[:, group.candidates] = torch.bmm(read.attention(group, scores), values)
 
 
-def _backward_groups(call: Call, grad_out: Tensor, delta: Tensor, lse: Tensor, grads: Gradients) -> None:
+def _backward_groups(call: Call, grad_out: Tensor, delta: Tensor, grads: Gradients) -> None:
     read = _GroupReader(call)
     exact = [torch.zeros_like(g, dtype=call.dtype) for g in (grads.keys, grads.values)]
     grad_by_head, upstream_by_head = read.heads(grads.query), read.heads(grad_out)
-    delta, mass = delta.t().unsqueeze(2), lse.masked_fill(lse == -math.inf, 0).t().unsqueeze(2)
+    delta = delta.t().unsqueeze(2)
     for group in _groups(call):
         keys, values = read.tokens(read.keys, group.tokens), read.tokens(read.values, group.tokens)
         query, upstream = (read.candidates(x, group) for x in (read.query, upstream_by_head))
-        attention = read.scores(group, query, keys)
-        if call.normalize == "softmax":
-            attention.sub_(mass[:, group.candidates]).exp_()
-        else:
-            attention = read.hide_(group, _attention_(attention, lse, call.normalize))
+        attention = read.attention(group, read.scores(group, query, keys))
         read.add(exact[1], group.tokens, torch.bmm(attention.mT, upstream))
         grad = torch.bmm(upstream, values.mT)
         grad = _scores_backward_(grad, attention, delta[:, group.candidates], call.normalize)

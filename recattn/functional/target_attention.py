@@ -93,7 +93,7 @@ def target_attention(
             Jagged(query, query_offsets).validate()
         if rows is not None:
             _check_rows(rows[: int(offsets[-1])], keys.shape[0])
-    out, lse, _ = _op.forward_op(
+    out, lse, *_ = _op.forward_op(
         query,
         keys,
         values,
@@ -104,6 +104,7 @@ def target_attention(
         num_heads,
         (keys.shape[1] // num_heads) ** -0.5 if scale is None else float(scale),
         normalize,
+        return_lse,
         requested_backend(),
     )
     return (out, lse) if return_lse else out

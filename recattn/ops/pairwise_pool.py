@@ -18,11 +18,11 @@ _ARGUMENTS = (
     " bool return_weights, str backend"
 )
 LIBRARY.define(
-    f"pairwise_pool({_ARGUMENTS}) -> (Tensor out, Tensor weights, Tensor lse, Tensor exact_out,"
+    f"pairwise_pool({_ARGUMENTS}) -> (Tensor out, Tensor weights, Tensor peak_mass, Tensor exact_out,"
     " Tensor exact_weights)"
 )
 LIBRARY.define(
-    "pairwise_pool_backward(Tensor grad_out, Tensor? grad_weights, Tensor lse, Tensor exact_out,"
+    "pairwise_pool_backward(Tensor grad_out, Tensor? grad_weights, Tensor peak_mass, Tensor exact_out,"
     f" Tensor exact_weights, {_ARGUMENTS}) -> (Tensor, Tensor, Tensor, Tensor)"
 )
 forward_op = torch.ops.recattn.pairwise_pool.default
@@ -36,22 +36,26 @@ def _forward(*arguments: Any, on_gpu: bool) -> tuple[Tensor, ...]:
     def triton() -> tuple[Tensor, Tensor, Tensor]:
         from recattn.kernels.pairwise_pool import forward
 
-        out, lse, scores = forward(call)
-        return out, lse, composite.weights_of(call, scores, lse) if call.return_weights else scores
+        out, peak_mass, scores = forward(call)
+        return (
+            out,
+            peak_mass,
+            composite.weights_of(call, scores, peak_mass) if call.return_weights else scores,
+        )
 
-    exact_out, lse, exact_weights = choose(
+    exact_out, peak_mass, exact_weights = choose(
         "pairwise_pool", call, backend, on_gpu, triton, partial(composite.forward, call)
     )
     if call.fields.dtype == call.dtype:
-        return exact_out, exact_weights, lse, lse.new_empty(0), lse.new_empty(0)
+        return exact_out, exact_weights, peak_mass, peak_mass.new_empty(0), peak_mass.new_empty(0)
     out, weights = (x.to(call.fields.dtype) for x in (exact_out, exact_weights))
-    return out, weights, lse, exact_out, exact_weights  # which backward needs before they were rounded
+    return out, weights, peak_mass, exact_out, exact_weights  # which backward needs before they were rounded
 
 
 def _backward(
     grad_out: Tensor,
     grad_weights: Tensor | None,
-    lse: Tensor,
+    peak_mass: Tensor,
     exact_out: Tensor,
     exact_weights: Tensor,
     *arguments: Any,
@@ -60,15 +64,15 @@ def _backward(
     *given, backend = arguments
     call = composite.Call(*given)
     grad_weights = grad_weights if call.return_weights else None
-    # Σ_p a_p dL/da_p, where Σ_p a_p v_i v_j is out.
-    delta = torch.linalg.vecdot(grad_out.to(call.dtype), exact_out)
-    if grad_weights is not None:
-        delta += torch.linalg.vecdot(grad_weights.to(call.dtype), exact_weights)
 
     def triton() -> tuple[Tensor, ...]:
         from recattn.kernels.pairwise_pool_backward import backward
 
-        return backward(call, grad_out, grad_weights, delta, lse)
+        # Σ_p a_p dL/da_p, where Σ_p a_p v_i v_j is out.
+        delta = torch.linalg.vecdot(grad_out.to(call.dtype), exact_out)
+        if grad_weights is not None:
+            delta += torch.linalg.vecdot(grad_weights.to(call.dtype), exact_weights)
+        return backward(call, grad_out, grad_weights, delta, peak_mass)
 
     gradients = choose(
         "pairwise_pool",
@@ -76,7 +80,7 @@ def _backward(
         backend,
         on_gpu,
         triton,
-        partial(composite.backward, call, grad_out, grad_weights, delta, lse),
+        partial(composite.backward, call, grad_out, grad_weights, peak_mass),
     )
     return tuple(g.to(x.dtype) for g, x in zip(gradients, given, strict=False))
 
@@ -92,13 +96,13 @@ def _fake(*arguments: Any) -> tuple[Tensor, ...]:
     pairs = count * (count - 1) // 2 if return_weights else 0
     exact = torch.promote_types(fields.dtype, torch.float32)
     rounded = exact != fields.dtype
-    lse = fields.new_empty(batch, dtype=exact)
+    peak_mass = fields.new_empty(batch, 2, dtype=exact)
     return (
         fields.new_empty(batch, width),
         fields.new_empty(batch, pairs),
-        lse,
-        lse.new_empty((batch, width) if rounded else 0),
-        lse.new_empty((batch, pairs) if rounded else 0),
+        peak_mass,
+        peak_mass.new_empty((batch, width) if rounded else 0),
+        peak_mass.new_empty((batch, pairs) if rounded else 0),
     )
 
 
@@ -111,20 +115,22 @@ class _Autograd(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:
         with torch._C._AutoDispatchBelowAutograd():
-            out, weights, lse, exact_out, exact_weights = forward_op(*arguments)
-        exact = (exact_out, exact_weights) if lse.dtype != out.dtype else (out, weights)
-        ctx.save_for_backward(lse, *exact, *arguments[:5])
+            out, weights, peak_mass, exact_out, exact_weights = forward_op(*arguments)
+        exact = (exact_out, exact_weights) if peak_mass.dtype != out.dtype else (out, weights)
+        ctx.save_for_backward(peak_mass, *exact, *arguments[:5])
         ctx.options = arguments[5:]
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(lse, exact_out, exact_weights)
-        return out, weights, lse, exact_out, exact_weights
+        ctx.mark_non_differentiable(peak_mass, exact_out, exact_weights)
+        return out, weights, peak_mass, exact_out, exact_weights
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor | None, grad_weights: Tensor | None, *_: Any) -> tuple[Any, ...]:
-        lse, exact_out, exact_weights, *tensors = ctx.saved_tensors
+        peak_mass, exact_out, exact_weights, *tensors = ctx.saved_tensors
         if grad_out is None:
             grad_out = torch.zeros_like(exact_out, dtype=tensors[0].dtype)
-        gradients = backward_op(grad_out, grad_weights, lse, exact_out, exact_weights, *tensors, *ctx.options)
+        gradients = backward_op(
+            grad_out, grad_weights, peak_mass, exact_out, exact_weights, *tensors, *ctx.options
+        )
         return *gradients, None, *(None for _ in ctx.options)
 
 
