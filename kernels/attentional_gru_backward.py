@@ -24,16 +24,8 @@ from torch import Tensor
 
 from . import settings
 from .arguments import get
-from .attentional_gru import (
-    SEQUENCES,
-    STEP_WARPS,
-    load_tile,
-    prepare,
-    sequences_of,
-    specialize,
-    state_weight,
-    store_tile,
-)
+from .attentional_gru import SEQUENCES, STEP_WARPS, prepare, specialize
+from .attentional_gru_cell import held_weight, load_tile, sequences_of, store_tile, weight_of
 from .attentional_gru_reverse_mma import reverse_mma_kernel
 from .attentional_gru_rows import coefficients_kernel, gradients_kernel, place, weights_kernel
 from .primitives import dot
@@ -75,24 +67,30 @@ def load_factors(factors, grad_states, row, valid, SPEC: tl.constexpr):
 
 
 @triton.jit
-def step_back(dh, step, weights, SPEC: tl.constexpr):
+def back_through(weights, data, gate: tl.constexpr, e, acc, SPEC: tl.constexpr):
+    """Adds what a gate's product passes on to the state, `[units, block]`."""
+    return dot(tl.trans(weight_of(weights, data, gate, SPEC)), e, acc, get(SPEC, "precision"))
+
+
+@triton.jit
+def step_back(data, dh, step, weights, SPEC: tl.constexpr):
     """The gradient of the state before a step, and of the pre-activation of r: `[units, block]` each."""
-    PRECISION: tl.constexpr = get(SPEC, "precision")
     kept = step[1].to(tl.float32)
     r = step[2].to(tl.float32)
-    e_n = (dh * step[4].to(tl.float32)).to(weights[0].dtype)
+    DTYPE: tl.constexpr = data.weight_hh.dtype.element_ty
+    e_n = (dh * step[4].to(tl.float32)).to(DTYPE)
     carry = dh * kept
     if get(SPEC, "reset_after"):
-        carry = dot(weights[2], e_n, carry, PRECISION)
+        carry = back_through(weights, data, 2, e_n, carry, SPEC)
         e_r = dh * r
     else:
-        reset = dot(weights[2], e_n, tl.zeros_like(dh), PRECISION)
+        reset = back_through(weights, data, 2, e_n, tl.zeros_like(dh), SPEC)
         carry += reset * step[5].to(tl.float32)
         e_r = reset * r
-    carry = dot(weights[0], e_r.to(weights[0].dtype), carry, PRECISION)
+    carry = back_through(weights, data, 0, e_r.to(DTYPE), carry, SPEC)
     if get(SPEC, "keeps"):
         e_z = dh * step[3].to(tl.float32)
-        carry = dot(weights[1], e_z.to(weights[1].dtype), carry, PRECISION)
+        carry = back_through(weights, data, 1, e_z.to(DTYPE), carry, SPEC)
     return carry, e_r
 
 
@@ -107,7 +105,7 @@ def reverse_kernel(data, factors, grad_states, grad_last, grads, grad_initial, S
         carry = load_tile(grad_last, sequence, SIZE, live, SIZE, UNITS).to(tl.float32)
     weights = ()
     for gate in tl.static_range(3):
-        weights = weights + (tl.trans(state_weight(data, gate, SPEC)),)
+        weights = weights + (held_weight(data, gate, SPEC),)
     steps = tl.max(length, 0)
     # Masks say both that a step is one of the sequence and that there is one: a block may be of empty ones.
     step = load_factors(factors, grad_states, begin + steps - 1, (steps > 0) & (steps <= length), SPEC)
@@ -116,7 +114,7 @@ def reverse_kernel(data, factors, grad_states, grad_last, grads, grad_initial, S
         ahead = load_factors(factors, grad_states, begin + t - 1, (t > 0) & (t <= length), SPEC)
         dh = step[0] + carry
         store_tile(grads, dh, begin + t, SIZE, t < length, SIZE)
-        carry, e_r = step_back(dh, step, weights, SPEC)
+        carry, e_r = step_back(data, dh, step, weights, SPEC)
         if not get(SPEC, "reset_after"):
             pointer = factors + place("r", SPEC)
             store_tile(pointer, e_r, begin + t, get(SPEC, "factors"), t < length, SIZE)
@@ -132,11 +130,16 @@ def backward(
     call: Any, states: Tensor, grad_states: Tensor | None, grad_last: Tensor | None
 ) -> tuple[Tensor | None, ...]:
     """Gradients of the inputs, scores, weights, biases and the initial state."""
-    data, scan = prepare(call), specialize(call)
+    data = prepare(call)
+    scan = replace(specialize(call), scatter=call.unique_rows)
     width, size, rows, batch = scan.width, scan.size, data.rows, data.batch
     new = call.inputs.new_empty
-    grad_inputs = new(rows, width)
-    grad_scores = None if call.scores is None else new(rows)
+    # Rows of the inputs that no position reads are not written.
+    zeros = call.inputs.new_zeros
+    grad_inputs = zeros(call.inputs.shape) if scan.scatter else new(rows, width)
+    grad_scores = None
+    if call.scores is not None:
+        grad_scores = zeros(call.scores.shape) if scan.scatter and scan.scored else new(rows)
     grad_initial = None if call.initial is None else new(batch, size)
     kept = grad_inputs if grad_scores is None else grad_scores
     factors, grads = new(rows, len(scan.factor_names), size), new(rows, size)

@@ -1,4 +1,5 @@
-"""attentional_gru backward, what is done token by token: the factors before the recurrence, and the sums behind it."""
+"""attentional_gru, what is done token by token: where weights are many the projections of the inputs, and of backward
+the factors before the recurrence and the sums behind it."""
 
 from __future__ import annotations
 
@@ -6,13 +7,14 @@ import triton
 import triton.language as tl
 
 from .arguments import get
-from .attentional_gru import (
+from .attentional_gru_cell import (
     bias,
     both_biases,
     input_weight,
     load_attention,
     move_to,
     sigmoid,
+    source,
     state_weight,
 )
 from .primitives import dot, tanh
@@ -50,9 +52,9 @@ def load_before(data, states, starts, row, valid, SPEC: tl.constexpr):
 
 
 @triton.jit
-def load_inputs(data, row, a, valid, SPEC: tl.constexpr):
+def load_inputs(data, at, a, valid, SPEC: tl.constexpr):
     """What the products read: `[rows, columns]`."""
-    x = load_rows(data.inputs, row, get(SPEC, "stride"), valid, get(SPEC, "width"), get(SPEC, "columns"))
+    x = load_rows(data.inputs, at, get(SPEC, "stride"), valid, get(SPEC, "width"), get(SPEC, "columns"))
     if get(SPEC, "scaled"):
         x = (x.to(tl.float32) * a[:, None]).to(x.dtype)
     return x
@@ -153,11 +155,27 @@ def error(factors, dh, row, valid, name: tl.constexpr, SPEC: tl.constexpr):
 
 
 @triton.jit
+def project_kernel(data, projections, SPEC: tl.constexpr):
+    """`projections [T, 3H]` of the inputs, without a bias."""
+    SIZE: tl.constexpr = get(SPEC, "size")
+    row = tl.program_id(0).to(tl.int64) * get(SPEC, "block") + tl.arange(0, get(SPEC, "block"))
+    valid = row < tl.load(data.offsets + data.batch)
+    at = source(data, row, valid, SPEC)
+    x = load_inputs(data, at, load_attention(data, row, at, valid, SPEC), valid, SPEC)
+    nothing = tl.zeros([get(SPEC, "units")], tl.float32)
+    for gate in tl.static_range(3):
+        if gate != 1 or get(SPEC, "keeps"):
+            projection = project(data, x, nothing, gate, SPEC)
+            store_rows(projections + gate * SIZE, projection, row, 3 * SIZE, valid, SIZE)
+
+
+@triton.jit
 def coefficients_kernel(data, states, starts, factors, SPEC: tl.constexpr):
     row = tl.program_id(0).to(tl.int64) * get(SPEC, "block") + tl.arange(0, get(SPEC, "block"))
     valid = row < tl.load(data.offsets + data.batch)
-    a = load_attention(data, row, valid, SPEC)
-    x = load_inputs(data, row, a, valid, SPEC)
+    at = source(data, row, valid, SPEC)
+    a = load_attention(data, row, at, valid, SPEC)
+    x = load_inputs(data, at, a, valid, SPEC)
     h = load_before(data, states, starts, row, valid, SPEC)
     r, z, n, hidden = gates(data, x, h, SPEC)
     a = a[:, None]
@@ -186,14 +204,23 @@ def back_through(data, e, acc, gate: tl.constexpr, SPEC: tl.constexpr):
 
 
 @triton.jit
+def store_score(grad_scores, score, data, row, at, valid, SPEC: tl.constexpr):
+    score = score.to(grad_scores.dtype.element_ty)
+    if get(SPEC, "scatter") and get(SPEC, "scored"):
+        tl.store(grad_scores + at, score, mask=valid)
+    else:
+        tl.store(grad_scores + row, score, mask=row < data.rows)
+
+
+@triton.jit
 def gradients_kernel(data, factors, grads, grad_inputs, grad_scores, SPEC: tl.constexpr):
-    """The gradients of the inputs and the scores, zero for slack."""
+    """The gradients of the inputs and the scores: of the positions, zero for slack, or of the rows that these read."""
     SIZE: tl.constexpr = get(SPEC, "size")
     WIDTH: tl.constexpr = get(SPEC, "width")
     COLUMNS: tl.constexpr = get(SPEC, "columns")
     row = tl.program_id(0).to(tl.int64) * get(SPEC, "block") + tl.arange(0, get(SPEC, "block"))
-    inside = row < data.rows
     valid = row < tl.load(data.offsets + data.batch)
+    at = source(data, row, valid, SPEC)
     dh = load_rows(grads, row, SIZE, valid, SIZE, get(SPEC, "units")).to(tl.float32)
     grad = tl.zeros([get(SPEC, "block"), COLUMNS], tl.float32)
     grad = back_through(data, error(factors, dh, row, valid, "r", SPEC), grad, 0, SPEC)
@@ -201,13 +228,17 @@ def gradients_kernel(data, factors, grads, grad_inputs, grad_scores, SPEC: tl.co
         grad = back_through(data, error(factors, dh, row, valid, "z", SPEC), grad, 1, SPEC)
     grad = back_through(data, error(factors, dh, row, valid, "n", SPEC), grad, 2, SPEC)
     if get(SPEC, "scaled"):
-        x = load_rows(data.inputs, row, get(SPEC, "stride"), valid, WIDTH, COLUMNS).to(tl.float32)
-        tl.store(grad_scores + row, tl.sum(grad * x, 1).to(grad_scores.dtype.element_ty), mask=inside)
-        grad = grad * load_attention(data, row, valid, SPEC)[:, None]
+        x = load_rows(data.inputs, at, get(SPEC, "stride"), valid, WIDTH, COLUMNS).to(tl.float32)
+        score = tl.sum(grad * x, 1)
+        store_score(grad_scores, score, data, row, at, valid, SPEC)
+        grad = grad * load_attention(data, row, at, valid, SPEC)[:, None]
     if get(SPEC, "weighs"):
         score = tl.sum(dh * load_factor(factors, row, valid, "score", SPEC), 1)
-        tl.store(grad_scores + row, score.to(grad_scores.dtype.element_ty), mask=inside)
-    store_rows(grad_inputs, grad, row, WIDTH, inside, WIDTH)
+        store_score(grad_scores, score, data, row, at, valid, SPEC)
+    if get(SPEC, "scatter"):
+        store_rows(grad_inputs, grad, at, WIDTH, valid, WIDTH)
+    else:
+        store_rows(grad_inputs, grad, row, WIDTH, row < data.rows, WIDTH)
 
 
 @triton.jit
@@ -221,7 +252,8 @@ def load_operand(data, states, starts, factors, row, valid, gate, of_state: tl.c
             r = load_factor(factors, row, valid & (gate == 2), "reset", SPEC)
             return tl.where(gate == 2, r * h.to(tl.float32), h.to(tl.float32)).to(h.dtype)
     else:
-        return load_inputs(data, row, load_attention(data, row, valid, SPEC), valid, SPEC)
+        at = source(data, row, valid, SPEC)
+        return load_inputs(data, at, load_attention(data, row, at, valid, SPEC), valid, SPEC)
 
 
 @triton.jit
