@@ -40,7 +40,7 @@ from .primitives import dot, tanh
 WIDEST = 128  # of inputs and states
 OTHER_BYTES = 8 << 10  # of a program's memory, that weights do not take
 SEQUENCES = 8  # of a program
-PROJECTIONS = {"half": (32, 8), "tf32": (32, 8), "ieee": (16, 4)}  # rows of a tile and warps, by precision
+PROJECTIONS = {"half": (32, 8), "tf32": (32, 8), "ieee": (32, 8)}  # rows of a tile and warps, by precision
 STEP_WARPS = {16: 1, 32: 2, 64: 4, 128: 8}  # by the number of units, rounded up
 
 
@@ -149,9 +149,14 @@ def forward(call: Any) -> tuple[Tensor, Tensor]:
         data = data._replace(inputs=projections)
         spec = replace(spec, projected=True, stride=3 * spec.size)
     (scan_mma_kernel if spec.fast else scan_kernel)[(triton.cdiv(data.batch, SEQUENCES),)](
-        data, states, last, SPEC=spec, num_warps=STEP_WARPS[spec.units]
+        data, states, last, SPEC=spec, **step_options(spec)
     )
     return states, last
+
+
+def step_options(spec: Spec) -> dict[str, int]:
+    """Of a launch. Weights that each step reads have no room to be read ahead."""
+    return {"num_warps": STEP_WARPS[spec.units], "num_stages": 1 if spec.streamed else 3}
 
 
 def prepare(call: Any) -> Scan:
@@ -188,6 +193,7 @@ def specialize(call: Any) -> Spec:
         scored=call.row_scores,
         projected=False,
         streamed=False,
+        slabs=precision != "half" and max(call.inputs.shape[1], call.size) > 64,
         stride=call.inputs.stride(0) if _near(call.inputs) else call.inputs.shape[1],
         precision="tf32" if precision != "ieee" else "tf32x3" if nvidia else "ieee",
         approx=precision == "half" and nvidia and not triton.knobs.runtime.interpret,

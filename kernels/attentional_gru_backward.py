@@ -24,16 +24,37 @@ from torch import Tensor
 
 from . import settings
 from .arguments import get
-from .attentional_gru import SEQUENCES, STEP_WARPS, prepare, specialize
+from .attentional_gru import SEQUENCES, prepare, specialize, step_options
 from .attentional_gru_cell import held_weight, load_tile, sequences_of, store_tile, weight_of
 from .attentional_gru_reverse_mma import reverse_mma_kernel
 from .attentional_gru_rows import coefficients_kernel, gradients_kernel, place, weights_kernel
 from .primitives import dot
 
-# Rows of a tile and warps of the passes over tokens, by precision, and in 16 bits by width: above 64 it is "broad".
-COEFFICIENTS = {"half": (64, 8), "broad": (32, 8), "tf32": (32, 8), "ieee": (16, 4)}
-GRADIENTS = {"half": (64, 8), "broad": (16, 8), "tf32": (64, 8), "ieee": (32, 8)}
-WEIGHTS = {"half": (64, 4), "broad": (32, 8), "tf32": (32, 8), "ieee": (32, 8)}
+# Rows of a tile and warps of the passes over tokens, by precision, and whether inputs or states are above 64 wide.
+COEFFICIENTS = {
+    ("half", False): (64, 8),
+    ("half", True): (32, 8),
+    ("tf32", False): (32, 8),
+    ("tf32", True): (32, 8),
+    ("ieee", False): (16, 4),
+    ("ieee", True): (16, 8),
+}
+GRADIENTS = {
+    ("half", False): (64, 8),
+    ("half", True): (16, 8),
+    ("tf32", False): (64, 8),
+    ("tf32", True): (32, 8),
+    ("ieee", False): (32, 8),
+    ("ieee", True): (16, 8),
+}
+WEIGHTS = {
+    ("half", False): (64, 4),
+    ("half", True): (32, 8),
+    ("tf32", False): (32, 8),
+    ("tf32", True): (32, 8),
+    ("ieee", False): (32, 8),
+    ("ieee", True): (16, 8),
+}
 LEAST_ROWS, MOST_PARTS = 1024, 64  # of a program that sums over rows; of the programs
 
 
@@ -111,13 +132,17 @@ def reverse_kernel(data, factors, grad_states, grad_last, grads, grad_initial, S
     step = load_factors(factors, grad_states, begin + steps - 1, (steps > 0) & (steps <= length), SPEC)
     for i in range(steps):
         t = steps - 1 - i
-        ahead = load_factors(factors, grad_states, begin + t - 1, (t > 0) & (t <= length), SPEC)
+        before = (t > 0) & (t <= length)
+        if not get(SPEC, "streamed"):
+            ahead = load_factors(factors, grad_states, begin + t - 1, before, SPEC)
         dh = step[0] + carry
         store_tile(grads, dh, begin + t, SIZE, t < length, SIZE)
         carry, e_r = step_back(data, dh, step, weights, SPEC)
         if not get(SPEC, "reset_after"):
             pointer = factors + place("r", SPEC)
             store_tile(pointer, e_r, begin + t, get(SPEC, "factors"), t < length, SIZE)
+        if get(SPEC, "streamed"):  # with weights in them there are no registers to read ahead into
+            ahead = load_factors(factors, grad_states, begin + t - 1, before, SPEC)
         step = ahead
     if get(SPEC, "initial"):
         store_tile(grad_initial, carry, sequence, SIZE, live, SIZE)
@@ -161,14 +186,13 @@ def backward(
             upstream=grad_states is not None,
             final=grad_last is not None,
         )
-        precision = settings.precision(call.inputs.dtype)
-        kind = "broad" if precision == "half" and max(width, size) > 64 else precision
+        kind = settings.precision(call.inputs.dtype), max(width, size) > 64
 
-        def passes(table: dict[str, tuple[int, int]]) -> dict[str, Any]:
+        def passes(table: dict[tuple[str, bool], tuple[int, int]]) -> dict[str, Any]:
             block, warps = table[kind]
             return {"SPEC": replace(scan, block=block), "num_warps": warps}
 
-        def tiles(table: dict[str, tuple[int, int]]) -> tuple[int]:
+        def tiles(table: dict[tuple[str, bool], tuple[int, int]]) -> tuple[int]:
             return (triton.cdiv(rows, table[kind][0]),)
 
         upstream, final = (grads if g is None else g.contiguous() for g in (grad_states, grad_last))
@@ -181,7 +205,7 @@ def backward(
             grads,
             grads if grad_initial is None else grad_initial,
             SPEC=reverse,
-            num_warps=STEP_WARPS[scan.units],
+            **step_options(scan),
         )
         gradients_kernel[tiles(GRADIENTS)](data, factors, grads, grad_inputs, kept, **passes(GRADIENTS))
         weights_kernel[(parts, 6)](

@@ -44,6 +44,9 @@ class Spec:
     scored: bool  # whether the scores are in these too
     projected: bool  # whether inputs come projected
     streamed: bool  # whether each step reads the recurrent weights again
+    slabs: (
+        bool  # whether passes over tokens take what is summed over slab by slab, as registers do not hold it
+    )
     stride: int
     precision: str  # of products, as tl.dot takes it
     approx: bool  # approximate instructions of NVIDIA GPUs
@@ -119,23 +122,30 @@ def move_to(z, a, SPEC: tl.constexpr):
 
 
 @triton.jit
-def weight(pointer, gate: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr, SPEC: tl.constexpr):
-    """A gate's third of `[3H, WIDTH]`, zero past the edges: `[units, COLUMNS]`."""
+def weight(
+    pointer, gate: tl.constexpr, first_row, first_column, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    WIDTH: tl.constexpr, SPEC: tl.constexpr,
+):  # fmt: skip
+    """Of a gate's third of `[3H, WIDTH]`, zero past the edges, `[ROWS, COLUMNS]`."""
     SIZE: tl.constexpr = get(SPEC, "size")
-    row = tl.arange(0, get(SPEC, "units"))[:, None]
-    column = tl.arange(0, COLUMNS)[None, :]
+    row = first_row + tl.arange(0, ROWS)[:, None]
+    column = first_column + tl.arange(0, COLUMNS)[None, :]
     inside = (row < SIZE) & (column < WIDTH)
     return tl.load(pointer + (gate * SIZE + row) * WIDTH + column, mask=inside, other=0.0)
 
 
 @triton.jit
 def input_weight(data, gate: tl.constexpr, SPEC: tl.constexpr):
-    return weight(data.weight_ih, gate, get(SPEC, "width"), get(SPEC, "columns"), SPEC)
+    """`[units, columns]`."""
+    UNITS: tl.constexpr = get(SPEC, "units")
+    return weight(data.weight_ih, gate, 0, 0, UNITS, get(SPEC, "columns"), get(SPEC, "width"), SPEC)
 
 
 @triton.jit
 def state_weight(data, gate: tl.constexpr, SPEC: tl.constexpr):
-    return weight(data.weight_hh, gate, get(SPEC, "size"), get(SPEC, "units"), SPEC)
+    """`[units, units]`."""
+    UNITS: tl.constexpr = get(SPEC, "units")
+    return weight(data.weight_hh, gate, 0, 0, UNITS, UNITS, get(SPEC, "size"), SPEC)
 
 
 @triton.jit

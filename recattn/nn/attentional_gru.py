@@ -119,9 +119,11 @@ class AttentionalGRU(Twin):
     def _eager(
         self, histories: Histories, attention: Tensor | None, h0: Tensor | None
     ) -> tuple[Jagged, Tensor]:
-        beside = histories.unique_rows and attention is not None
-        history, column = replace(histories, values=attention.unsqueeze(1) if beside else None).packed()
-        attention = column.squeeze(1) if beside else attention
+        if attention is not None and histories.unique_rows:
+            history, column = replace(histories, values=attention.unsqueeze(1)).packed()
+            attention = None if column is None else column.squeeze(1)
+        else:
+            history, _ = histories.packed()
         padded = history.to_padded()
         mask = torch.arange(padded.shape[1], device=padded.device) < history.lengths[:, None]
         a = None if attention is None else history.with_values(attention).to_padded(padded.shape[1])
