@@ -24,24 +24,37 @@ from torch import Tensor
 
 from . import settings
 from .arguments import get
-from .attentional_gru import (
-    SEQUENCES,
-    STEP_WARPS,
-    load_tile,
-    prepare,
-    sequences_of,
-    specialize,
-    state_weight,
-    store_tile,
-)
+from .attentional_gru import SEQUENCES, prepare, specialize, step_options
+from .attentional_gru_cell import held_weight, load_tile, sequences_of, store_tile, weight_of
 from .attentional_gru_reverse_mma import reverse_mma_kernel
 from .attentional_gru_rows import coefficients_kernel, gradients_kernel, place, weights_kernel
 from .primitives import dot
 
-# Rows of a tile and warps of the passes over tokens, by precision, and in 16 bits by width: above 64 it is "broad".
-COEFFICIENTS = {"half": (64, 8), "broad": (32, 8), "tf32": (32, 8), "ieee": (16, 4)}
-GRADIENTS = {"half": (64, 8), "broad": (16, 8), "tf32": (64, 8), "ieee": (32, 8)}
-WEIGHTS = {"half": (64, 4), "broad": (32, 8), "tf32": (32, 8), "ieee": (32, 8)}
+# Rows of a tile and warps of the passes over tokens, by precision, and whether inputs or states are above 64 wide.
+COEFFICIENTS = {
+    ("half", False): (64, 8),
+    ("half", True): (32, 8),
+    ("tf32", False): (32, 8),
+    ("tf32", True): (32, 8),
+    ("ieee", False): (16, 4),
+    ("ieee", True): (16, 8),
+}
+GRADIENTS = {
+    ("half", False): (64, 8),
+    ("half", True): (16, 8),
+    ("tf32", False): (64, 8),
+    ("tf32", True): (32, 8),
+    ("ieee", False): (32, 8),
+    ("ieee", True): (16, 8),
+}
+WEIGHTS = {
+    ("half", False): (64, 4),
+    ("half", True): (32, 8),
+    ("tf32", False): (32, 8),
+    ("tf32", True): (32, 8),
+    ("ieee", False): (32, 8),
+    ("ieee", True): (16, 8),
+}
 LEAST_ROWS, MOST_PARTS = 1024, 64  # of a program that sums over rows; of the programs
 
 
@@ -75,24 +88,30 @@ def load_factors(factors, grad_states, row, valid, SPEC: tl.constexpr):
 
 
 @triton.jit
-def step_back(dh, step, weights, SPEC: tl.constexpr):
+def back_through(weights, data, gate: tl.constexpr, e, acc, SPEC: tl.constexpr):
+    """Adds what a gate's product passes on to the state, `[units, block]`."""
+    return dot(tl.trans(weight_of(weights, data, gate, SPEC)), e, acc, get(SPEC, "precision"))
+
+
+@triton.jit
+def step_back(data, dh, step, weights, SPEC: tl.constexpr):
     """The gradient of the state before a step, and of the pre-activation of r: `[units, block]` each."""
-    PRECISION: tl.constexpr = get(SPEC, "precision")
     kept = step[1].to(tl.float32)
     r = step[2].to(tl.float32)
-    e_n = (dh * step[4].to(tl.float32)).to(weights[0].dtype)
+    DTYPE: tl.constexpr = data.weight_hh.dtype.element_ty
+    e_n = (dh * step[4].to(tl.float32)).to(DTYPE)
     carry = dh * kept
     if get(SPEC, "reset_after"):
-        carry = dot(weights[2], e_n, carry, PRECISION)
+        carry = back_through(weights, data, 2, e_n, carry, SPEC)
         e_r = dh * r
     else:
-        reset = dot(weights[2], e_n, tl.zeros_like(dh), PRECISION)
+        reset = back_through(weights, data, 2, e_n, tl.zeros_like(dh), SPEC)
         carry += reset * step[5].to(tl.float32)
         e_r = reset * r
-    carry = dot(weights[0], e_r.to(weights[0].dtype), carry, PRECISION)
+    carry = back_through(weights, data, 0, e_r.to(DTYPE), carry, SPEC)
     if get(SPEC, "keeps"):
         e_z = dh * step[3].to(tl.float32)
-        carry = dot(weights[1], e_z.to(weights[1].dtype), carry, PRECISION)
+        carry = back_through(weights, data, 1, e_z.to(DTYPE), carry, SPEC)
     return carry, e_r
 
 
@@ -107,19 +126,23 @@ def reverse_kernel(data, factors, grad_states, grad_last, grads, grad_initial, S
         carry = load_tile(grad_last, sequence, SIZE, live, SIZE, UNITS).to(tl.float32)
     weights = ()
     for gate in tl.static_range(3):
-        weights = weights + (tl.trans(state_weight(data, gate, SPEC)),)
+        weights = weights + (held_weight(data, gate, SPEC),)
     steps = tl.max(length, 0)
     # Masks say both that a step is one of the sequence and that there is one: a block may be of empty ones.
     step = load_factors(factors, grad_states, begin + steps - 1, (steps > 0) & (steps <= length), SPEC)
     for i in range(steps):
         t = steps - 1 - i
-        ahead = load_factors(factors, grad_states, begin + t - 1, (t > 0) & (t <= length), SPEC)
+        before = (t > 0) & (t <= length)
+        if not get(SPEC, "streamed"):
+            ahead = load_factors(factors, grad_states, begin + t - 1, before, SPEC)
         dh = step[0] + carry
         store_tile(grads, dh, begin + t, SIZE, t < length, SIZE)
-        carry, e_r = step_back(dh, step, weights, SPEC)
+        carry, e_r = step_back(data, dh, step, weights, SPEC)
         if not get(SPEC, "reset_after"):
             pointer = factors + place("r", SPEC)
             store_tile(pointer, e_r, begin + t, get(SPEC, "factors"), t < length, SIZE)
+        if get(SPEC, "streamed"):  # with weights in them there are no registers to read ahead into
+            ahead = load_factors(factors, grad_states, begin + t - 1, before, SPEC)
         step = ahead
     if get(SPEC, "initial"):
         store_tile(grad_initial, carry, sequence, SIZE, live, SIZE)
@@ -132,11 +155,16 @@ def backward(
     call: Any, states: Tensor, grad_states: Tensor | None, grad_last: Tensor | None
 ) -> tuple[Tensor | None, ...]:
     """Gradients of the inputs, scores, weights, biases and the initial state."""
-    data, scan = prepare(call), specialize(call)
+    data = prepare(call)
+    scan = replace(specialize(call), scatter=call.unique_rows)
     width, size, rows, batch = scan.width, scan.size, data.rows, data.batch
     new = call.inputs.new_empty
-    grad_inputs = new(rows, width)
-    grad_scores = None if call.scores is None else new(rows)
+    # Rows of the inputs that no position reads are not written.
+    zeros = call.inputs.new_zeros
+    grad_inputs = zeros(call.inputs.shape) if scan.scatter else new(rows, width)
+    grad_scores = None
+    if call.scores is not None:
+        grad_scores = zeros(call.scores.shape) if scan.scatter and scan.scored else new(rows)
     grad_initial = None if call.initial is None else new(batch, size)
     kept = grad_inputs if grad_scores is None else grad_scores
     factors, grads = new(rows, len(scan.factor_names), size), new(rows, size)
@@ -158,14 +186,13 @@ def backward(
             upstream=grad_states is not None,
             final=grad_last is not None,
         )
-        precision = settings.precision(call.inputs.dtype)
-        kind = "broad" if precision == "half" and max(width, size) > 64 else precision
+        kind = settings.precision(call.inputs.dtype), max(width, size) > 64
 
-        def passes(table: dict[str, tuple[int, int]]) -> dict[str, Any]:
+        def passes(table: dict[tuple[str, bool], tuple[int, int]]) -> dict[str, Any]:
             block, warps = table[kind]
             return {"SPEC": replace(scan, block=block), "num_warps": warps}
 
-        def tiles(table: dict[str, tuple[int, int]]) -> tuple[int]:
+        def tiles(table: dict[tuple[str, bool], tuple[int, int]]) -> tuple[int]:
             return (triton.cdiv(rows, table[kind][0]),)
 
         upstream, final = (grads if g is None else g.contiguous() for g in (grad_states, grad_last))
@@ -178,7 +205,7 @@ def backward(
             grads,
             grads if grad_initial is None else grad_initial,
             SPEC=reverse,
-            num_warps=STEP_WARPS[scan.units],
+            **step_options(scan),
         )
         gradients_kernel[tiles(GRADIENTS)](data, factors, grads, grad_inputs, kept, **passes(GRADIENTS))
         weights_kernel[(parts, 6)](

@@ -118,24 +118,38 @@ def multiply(weights, operand, acc):
 
 
 @gluon.jit
-def load_attention(data, begin, length, t, SPEC: gl.constexpr):
-    """Of step t, `[block]`."""
-    if get(SPEC, "weighs"):
+def source(data, begin, length, t, READ: gl.constexpr, SPEC: gl.constexpr):
+    """Where the inputs of step t are, if that is to be `READ`, or else where the sequence begins."""
+    if READ and get(SPEC, "indexed"):
+        return gl.load(data.index + begin + t, mask=t < length, other=0).to(gl.int64)
+    else:
+        return begin
+
+
+@gluon.jit
+def load_attention(data, at, begin, length, t, SPEC: gl.constexpr):
+    """Of step t, whose inputs are `at`: `[block]`."""
+    if get(SPEC, "weighs") and get(SPEC, "scored"):
+        return gl.load(data.scores + at, mask=t < length, other=0.0).to(gl.float32)
+    elif get(SPEC, "weighs"):
         return gl.load(data.scores + begin + t, mask=t < length, other=0.0).to(gl.float32)
     else:
         return gl.zeros([get(SPEC, "block")], gl.float32, gl.SliceLayout(0, unit_layout(SPEC)))
 
 
 @gluon.jit
-def load_inputs(data, begin, length, t, SPEC: gl.constexpr):
-    """Of step t, `[columns, block]`, on their way."""
+def load_inputs(data, at, begin, length, t, SPEC: gl.constexpr):
+    """Of step t, whose inputs are `at`: `[columns, block]`, on their way."""
     LAYOUT: gl.constexpr = input_layout(SPEC)
     column = gl.arange(0, get(SPEC, "columns"), gl.SliceLayout(1, LAYOUT))[:, None]
     valid = t < length
     mask = valid[None, :] & (column < get(SPEC, "width"))
-    x = gl.load(data.inputs + (begin + t)[None, :] * get(SPEC, "stride") + column, mask=mask, other=0.0)
+    if not get(SPEC, "indexed"):
+        at = begin + t
+    x = gl.load(data.inputs + at[None, :] * get(SPEC, "stride") + column, mask=mask, other=0.0)
     if get(SPEC, "scaled"):
-        a = gl.load(data.scores + begin + t, mask=valid, other=0.0).to(gl.float32)
+        score = data.scores + at if get(SPEC, "scored") else data.scores + begin + t
+        a = gl.load(score, mask=valid, other=0.0).to(gl.float32)
         x = (x.to(gl.float32) * a[None, :]).to(x.dtype)
     return x
 
@@ -155,15 +169,17 @@ def move_to(tz, a, SPEC: gl.constexpr):
 
 @gluon.jit
 def step(
-    data, states, t, h, a, x, rows, input_rows, now, then, reset, x_now, x_then, input_weights, state_weights, biases,
+    data, states, t, h, ahead, rows, input_rows, now, then, reset, x_now, x_then, input_weights, state_weights, biases,
     SPEC: gl.constexpr,
 ):  # fmt: skip
-    """Step t: the state after it, and of the step two on the attention, of the one three on the inputs."""
+    """Step t: the state after it, and what `read_ahead` has for the step two on."""
     SIZE: gl.constexpr = get(SPEC, "size")
     WIDTH: gl.constexpr = get(SPEC, "width")
     begin, length = rows
+    a, x, score_at, x_at = ahead
     x_then.store(x)
-    x = load_inputs(data, input_rows[0], input_rows[1], t + 3, SPEC)
+    x = load_inputs(data, x_at, input_rows[0], input_rows[1], t + 3, SPEC)
+    x_at = source(data, input_rows[0], input_rows[1], t + 5, True, SPEC)
     zero = gl.zeros([get(SPEC, "units"), get(SPEC, "block")], gl.float32, tile_layout(SPEC))
     operand = read(x_now, WIDTH, SPEC)
     r = multiply(input_weights[0], operand, zero + biases[0])
@@ -190,7 +206,21 @@ def step(
     unit = gl.arange(0, get(SPEC, "units"), gl.SliceLayout(1, unit_layout(SPEC)))[:, None]
     place = states + (begin + t)[None, :] * SIZE + unit
     gl.store(place, rounded, mask=(t < length)[None, :] & (unit < SIZE))
-    return h, load_attention(data, begin, length, t + 2, SPEC), x
+    a = load_attention(data, score_at, begin, length, t + 2, SPEC)
+    return h, (a, x, source(data, begin, length, t + 4, get(SPEC, "scored"), SPEC), x_at)
+
+
+@gluon.jit
+def read_ahead(data, rows, input_rows, t, SPEC: gl.constexpr):
+    """Before step t: its attention, the inputs of the step behind it, and where those of the next ones are."""
+    begin, length = rows
+    input_begin, input_length = input_rows
+    score_at = source(data, begin, length, t, get(SPEC, "scored"), SPEC)
+    a = load_attention(data, score_at, begin, length, t, SPEC)
+    x_at = source(data, input_begin, input_length, t + 1, True, SPEC)
+    x = load_inputs(data, x_at, input_begin, input_length, t + 1, SPEC)
+    score_at = source(data, begin, length, t + 2, get(SPEC, "scored"), SPEC)
+    return a, x, score_at, source(data, input_begin, input_length, t + 3, True, SPEC)
 
 
 @gluon.jit
@@ -262,21 +292,20 @@ def scan_mma_kernel(data, states, last, SPEC: gl.constexpr):
     x_odd = gl.allocate_shared_memory(dtype, [COLUMNS, BLOCK], staged_layout(COLUMNS))
     rows = (begin, length)
     input_rows = (input_begin, input_length)
-    x_even.store(load_inputs(data, input_begin, input_length, 0, SPEC))
-    x0 = load_inputs(data, input_begin, input_length, 1, SPEC)
-    x1 = load_inputs(data, input_begin, input_length, 2, SPEC)
-    a0 = load_attention(data, begin, length, 0, SPEC)
-    a1 = load_attention(data, begin, length, 1, SPEC)
+    x_at = source(data, input_begin, input_length, 0, True, SPEC)
+    x_even.store(load_inputs(data, x_at, input_begin, input_length, 0, SPEC))
+    ahead0 = read_ahead(data, rows, input_rows, 0, SPEC)
+    ahead1 = read_ahead(data, rows, input_rows, 1, SPEC)
     even.store(start)
     barrier()  # here, as else the compiler puts a third into the loop
     h = start.to(gl.float32)
     for t in range(0, gl.max(length, 0), 2):
-        h, a0, x0 = step(
-            data, states, t, h, a0, x0, rows, input_rows, even, odd, reset, x_even, x_odd, input_weights,
+        h, ahead0 = step(
+            data, states, t, h, ahead0, rows, input_rows, even, odd, reset, x_even, x_odd, input_weights,
             state_weights, biases, SPEC,
         )  # fmt: skip
-        h, a1, x1 = step(
-            data, states, t + 1, h, a1, x1, rows, input_rows, odd, even, reset, x_odd, x_even, input_weights,
+        h, ahead1 = step(
+            data, states, t + 1, h, ahead1, rows, input_rows, odd, even, reset, x_odd, x_even, input_weights,
             state_weights, biases, SPEC,
         )  # fmt: skip
     # A thread reads what it has written itself.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -37,26 +38,48 @@ class Case:
     slack: int = 3
     offsets_dtype: torch.dtype = torch.int64
     seed: int = 0
+    table: int | None = None  # rows of a table that inputs are read from
+    unique_rows: bool = False
+    row_scores: bool = False  # whether it holds the attention too
+    rows_dtype: torch.dtype = torch.int64
 
     def options(self) -> dict[str, Any]:
-        return {"kind": self.kind, "update": self.update, "reset_after": self.reset_after}
+        options: dict[str, Any] = {"kind": self.kind, "update": self.update, "reset_after": self.reset_after}
+        if self.table is None:
+            return options
+        generator = torch.Generator().manual_seed(self.seed + 2)
+        total = sum(self.lengths)
+        if self.unique_rows:
+            rows = torch.randperm(self.table, generator=generator)[:total]
+        else:
+            rows = torch.randint(self.table, (total,), generator=generator)
+        unread = torch.full((self.slack,), torch.iinfo(self.rows_dtype).max)
+        options["rows"] = torch.cat([rows, unread]).to(self.rows_dtype)
+        return options | {"row_scores": self.row_scores}
 
     def offsets(self) -> Tensor:
         return offsets_of(torch.tensor(self.lengths, dtype=torch.int64)).to(self.offsets_dtype)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Every differentiable argument, by name, at natural scale; slack rows hold NaN."""
+        """Every differentiable argument, by name, at natural scale; rows that no history has hold NaN."""
         generator = torch.Generator().manual_seed(self.seed)
 
         def normal(*shape: int, std: float = 1.0) -> Tensor:
             return (std * torch.randn(*shape, generator=generator)).to(self.dtype)
 
         total = sum(self.lengths)
-        tensors = {"inputs": normal(total + self.slack, self.width)}
+        count = total + self.slack if self.table is None else self.table
+        tensors = {"inputs": normal(count, self.width)}
         if self.kind != "gru":
-            tensors["scores"] = torch.rand(total + self.slack, generator=generator).to(self.dtype)
-        for tensor in tensors.values():
-            tensor[total:] = torch.nan
+            if not self.row_scores:
+                count = total + self.slack
+            tensors["scores"] = torch.rand(count, generator=generator).to(self.dtype)
+        for name, tensor in tensors.items():
+            read = torch.arange(total)
+            if self.table is not None and (name == "inputs" or self.row_scores):
+                read = self.options()["rows"][:total]
+            unread = torch.ones(len(tensor), dtype=torch.bool).index_fill(0, read.to(torch.int64), False)
+            tensor[unread] = torch.nan
         tensors["weight_ih"] = normal(3 * self.size, self.width, std=self.width**-0.5)
         tensors["weight_hh"] = normal(3 * self.size, self.size, std=self.size**-0.5)
         tensors["bias_ih"] = normal(3 * self.size, std=0.3)
@@ -69,8 +92,14 @@ class Case:
 def call(
     function: Callable[..., Any], case: Case, tensors: dict[str, Tensor], **changes: Any
 ) -> dict[str, Tensor]:
-    """Outputs and gradients by name, for upstream gradients that depend on the case only."""
+    """Outputs and gradients by name, for upstream gradients that depend on the case only.
+
+    Args:
+        changes: of the options.
+    """
     tensors = {name: tensor.detach().requires_grad_() for name, tensor in tensors.items()}
+    if case.unique_rows and "unique_rows" in inspect.signature(function).parameters:
+        changes.setdefault("unique_rows", True)
     parameters = [tensors[name] for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")]
     result = function(
         tensors["inputs"],
@@ -78,7 +107,7 @@ def call(
         tensors.get("scores"),
         *parameters,
         h0=tensors.get("h0"),
-        **case.options(),
+        **case.options() | changes,
     )
     outputs = dict(zip(("states", "last"), result, strict=True))
     generator = torch.Generator().manual_seed(case.seed + 1)
@@ -106,6 +135,11 @@ def eager(case: Case, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         inputs: Tensor, offsets: Tensor, scores: Tensor | None, *parameters: Tensor, **options: Any
     ) -> Any:
         longest = max(case.lengths, default=0)
+        rows, row_scores = options.pop("rows", None), options.pop("row_scores", False)
+        if rows is not None:
+            rows = torch.where(torch.arange(len(rows)) < offsets[-1], rows, 0).to(torch.int64)
+            inputs = torch.nn.functional.embedding(rows, inputs)
+            scores = scores[rows] if scores is not None and row_scores else scores
         mask = torch.arange(longest) < offsets.diff()[:, None]
         attention = None if scores is None else Jagged(scores, offsets).to_padded(longest)
         histories = Jagged(inputs, offsets).to_padded(longest)

@@ -243,8 +243,16 @@ def self_attention(draw: st.DrawFn, backend: str) -> Example:
 @st.composite
 def attentional_gru(draw: st.DrawFn, backend: str) -> Example:
     kind, update = draw(st.sampled_from(attentional_gru_cases.CELLS))
+    options, unique = common(draw, backend), draw(st.booleans())
+    table = draw(st.one_of(st.none(), st.integers(1, 30)))
+    if table is not None and unique:
+        table += sum(options["lengths"])
     case = attentional_gru_cases.Case(
-        **common(draw, backend),
+        **options,
+        table=table,
+        unique_rows=unique and table is not None,
+        row_scores=table is not None and kind != "gru" and draw(st.booleans()),
+        rows_dtype=draw(st.sampled_from((torch.int64, torch.int32))),
         width=draw(st.integers(1, 20)),
         size=draw(st.integers(1, 20)),
         kind=kind,
@@ -259,6 +267,7 @@ def attentional_gru(draw: st.DrawFn, backend: str) -> Example:
         case,
         draw(st.sampled_from(sorted(LAYOUTS))),
         backend,
+        {"sparse_grad": table is not None and draw(st.booleans())},
     )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from attentional_gru_cases import CELLS, HISTORIES, Case, assert_within_budget, call, variant
@@ -56,6 +58,40 @@ def test_kernels_equal_the_formula_for_every_width(width: int, size: int) -> Non
 @pytest.mark.parametrize(("width", "size"), [(70, 128), (128, 80)])
 def test_kernels_equal_the_formula_for_wide_states(width: int, size: int, kind: str) -> None:
     check(variant(lengths=[3, 0, 9, 1], width=width, size=size, kind=kind, dtype=torch.bfloat16))
+
+
+@pytest.mark.parametrize("unique_rows", [False, True])
+@pytest.mark.parametrize("row_scores", [False, True])
+@pytest.mark.parametrize("kind", ["augru", "aigru"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_inputs_are_read_by_index(backend: str, kind: str, row_scores: bool, unique_rows: bool) -> None:
+    table = 90 if unique_rows else 20
+    case = variant(kind=kind, table=table, unique_rows=unique_rows, row_scores=row_scores)
+    check(replace(case, reset_after=row_scores), backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_rows_may_be_int32(backend: str) -> None:
+    check(variant(table=20, rows_dtype=torch.int32, dtype=torch.bfloat16), backend)
+    check(variant(table=90, rows_dtype=torch.int32, unique_rows=True, kind="gru"), backend)
+
+
+@pytest.mark.parametrize("row_scores", [False, True])
+@pytest.mark.parametrize("kind", ["augru", "aigru"])
+def test_projections_are_of_inputs_read_by_index(kind: str, row_scores: bool) -> None:
+    case = variant(lengths=[3, 0, 9, 1], width=70, size=128, kind=kind, dtype=torch.bfloat16, table=40)
+    check(replace(case, row_scores=row_scores, unique_rows=True))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_gradient_of_a_table_may_be_sparse(backend: str) -> None:
+    case = variant(table=20, row_scores=True)
+    expected = run(case, backend)
+    with recattn.backend(backend):
+        got = call(functional.attentional_gru, case, case.tensors(), sparse_grad=True)
+    assert got["grad inputs"].is_sparse
+    for name, result in got.items():
+        torch.testing.assert_close(result.to_dense(), expected[name], rtol=0, atol=1e-5, msg=name)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

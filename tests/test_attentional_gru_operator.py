@@ -24,6 +24,10 @@ def arguments(case: Case) -> tuple[Any, ...]:
         tensors.get("scores"),
         *(tensors[name] for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")),
         tensors.get("h0"),
+        case.options().get("rows"),
+        case.unique_rows,
+        case.row_scores,
+        False,
         case.kind,
         case.update,
         case.reset_after,
@@ -33,8 +37,15 @@ def arguments(case: Case) -> tuple[Any, ...]:
 
 @pytest.mark.parametrize(
     "case",
-    [variant(), variant(lengths=[]), variant(kind="gru", initial=False)],
-    ids=["plain", "no history", "neither scores nor states"],
+    [
+        variant(),
+        variant(lengths=[]),
+        variant(kind="gru", initial=False),
+        variant(table=20, row_scores=True, slack=0),
+        variant(table=20),
+        variant(table=90, row_scores=True, unique_rows=True),
+    ],
+    ids=["plain", "no history", "neither scores nor states", "rows", "rows of inputs", "unique rows"],
 )
 def test_schema_fake_and_autograd_agree_with_the_implementation(case: Case) -> None:
     checks = torch.library.opcheck(forward_op, arguments(case))
@@ -127,6 +138,16 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
         ValueError,
         "h0: expected device cpu, as the inputs, got meta",
     ),
+    ({"rows": torch.zeros(T)}, TypeError, "rows: expected int32 or int64, got torch.float32"),
+    ({"rows": torch.zeros(T, 1).int()}, ValueError, "rows: expected shape [T], got [5, 1]"),
+    ({"rows": torch.arange(T + 1)}, ValueError, "scores: expected shape [6], got [5]"),
+    ({"row_scores": True}, ValueError, "row_scores: expected False, since no rows are given"),
+    ({"sparse_grad": True}, ValueError, "sparse_grad: expected False, since no rows are given"),
+    (
+        {"rows": torch.arange(T), "row_scores": True, "kind": "gru", "scores": None},
+        ValueError,
+        "row_scores: expected False, since no scores are given",
+    ),
     ({"kind": "lstm"}, ValueError, "kind: expected one of gru, agru, aigru, augru, got 'lstm'"),
     ({"update": "fast"}, ValueError, "update: expected one of paper, official, got 'fast'"),
 ]
@@ -153,3 +174,8 @@ def test_contents_of_offsets_are_checked_where_asked(monkeypatch: pytest.MonkeyP
     given = [x(T, D), torch.tensor([0, 6]), None, x(3 * H, D), x(3 * H, H), x(3 * H), x(3 * H)]
     with pytest.raises(ValueError, match="offsets: expected the last to be at most 5"):
         functional.attentional_gru(*given)
+    given[1] = torch.tensor([0, 4])
+    rows = torch.tensor([0, T - 1, 0, 2, T])  # the last of which no history has
+    functional.attentional_gru(*given, rows=rows)
+    with pytest.raises(ValueError, match="rows: expected 0 to 4, got 0 to 5"):
+        functional.attentional_gru(*given, rows=rows.flip(0))

@@ -42,7 +42,8 @@ def arguments(operator: str) -> dict[str, Any]:
         case "attentional_gru":
             parameters = {"weight_ih": x(3 * H, D), "weight_hh": x(3 * H, H), "bias_ih": x(3 * H)}
             parameters |= {"bias_hh": x(3 * H), "h0": x(B, H)}
-            return {"inputs": x(T, D), "scores": x(T), "kind": "augru", "offsets": OFFSETS} | parameters
+            rows = {"rows": indices["rows"], "offsets": OFFSETS}
+            return {"inputs": x(T, D), "scores": x(T), "kind": "augru"} | rows | parameters
         case "self_attention":
             bias = {"bias_table": x(3, 2), "bias_index": torch.arange(T)}
             return {"q": x(T, D), "k": x(T, D), "v": x(T, D), "offsets": OFFSETS, "num_heads": 2} | bias
@@ -192,7 +193,7 @@ LAYERS: list[tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any], str]] = 
     (GRU, (JAGGED,), {}, "scores: expected a tensor for 'augru', got NoneType"),
     (GRU, (JAGGED, x(T)), {}, "scores: expected Jagged, as the items, got Tensor"),
     (GRU, (PADDED, x(B, 5)), {"lengths": LENGTHS}, "scores: expected [2, 4], as the items, got [2, 5]"),
-    (PLAIN_GRU, (x(T, D),), {"lengths": LENGTHS}, "items: expected [B, L, I], got [5, 4]"),
+    (PLAIN_GRU, (x(T, D),), {"lengths": LENGTHS}, "items: expected [B, L, D], got [5, 4]"),
     (PLAIN_GRU, (JAGGED,), {"h0": x(B + 1, H)}, "h0: expected shape [2, 3], got [3, 3]"),
     (nn.ActivationUnit, (D,), {"features": ("x",)}, "features: expected one of q, k, q-k, q*k, got 'x'"),
     (nn.ActivationUnit, (D,), {"scale": float("nan")}, "scale: expected a finite number, got nan"),

@@ -107,11 +107,17 @@ for name, changes in {"plain": {}, "every option": {"causal": True, "buckets": 5
         functional.self_attention,
         self_attention_cases.Case(lengths=LENGTHS, **changes),
     )
-for kind in ("gru", "augru"):
-    CALLS[f"attentional_gru, {kind}"] = case_on_gpu(
+for name, changes in {
+    "gru": {"kind": "gru"},
+    "augru": {"kind": "augru"},
+    "rows": {"table": 20, "row_scores": True},
+    "unique rows": {"table": 90, "unique_rows": True},
+    "many units": {"size": 100},
+}.items():
+    CALLS[f"attentional_gru, {name}"] = case_on_gpu(
         attentional_gru_cases.call,
         functional.attentional_gru,
-        attentional_gru_cases.Case(lengths=LENGTHS, kind=kind),
+        attentional_gru_cases.Case(lengths=LENGTHS, **changes),
     )
 for name, changes in {"plain": {}, "every option": {"dropout": 0.2, "return_weights": True}}.items():
     CALLS[f"pairwise_pool, {name}"] = case_on_gpu(

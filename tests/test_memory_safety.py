@@ -156,6 +156,9 @@ for name, changes in {
     "aigru": {"kind": "aigru", "dtype": BF16},
     "gru": {"kind": "gru", "reset_after": False},
     "wide": {"width": 70, "size": 80, "dtype": BF16, "lengths": (3, 0, 9, 1)},
+    "many units": {"size": 80, "lengths": (3, 0, 9, 1)},
+    "rows": {"table": 29, "row_scores": True},
+    "unique rows": {"table": 90, "unique_rows": True, "row_scores": True, "kind": "aigru"},
     "no history": {"lengths": ()},
     "only empty ones": {"lengths": (0, 0)},
 }.items():

@@ -47,6 +47,41 @@ def test_padded_and_jagged_agree(kind: str, mask: Tensor) -> None:
     assert torch.equal(states.offsets, expected.offsets)
 
 
+@pytest.mark.parametrize(
+    "mask", [VALID, VALID.flip(1), HOLES], ids=["right padding", "left padding", "holes"]
+)
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_of_a_padded_batch_are_in_its_layout(kind: str, mask: Tensor) -> None:
+    items, scores = batch(mask, kind)
+    gru, results = layer(kind=kind), []
+    for implementation in ("fused", "eager"):
+        leaves = [x.nan_to_num().requires_grad_() for x in (items, scores) if x is not None]
+        states, last = gru.use(implementation)(*leaves, mask=mask)
+        results.append(torch.autograd.grad(states.values.square().sum() + last.sum(), leaves))
+    for fused, eager in zip(*results, strict=True):
+        torch.testing.assert_close(fused, eager)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("implementation", ["fused", "eager"])
+def test_a_table_is_read_by_ids_in_any_layout(implementation: str, kind: str) -> None:
+    table = torch.randn(7, 3, dtype=torch.float64, requires_grad=True)
+    ids = torch.randint(7, (5, 4))
+    _, scores = batch(HOLES, kind)
+    gru, results = layer(kind=kind), []
+    for items, options in ((table[ids], {}), (ids.masked_fill(~HOLES, 1 << 40), {"table": table})):
+        states, last = gru.use(implementation)(items, scores, mask=HOLES, **options)
+        (gradient,) = torch.autograd.grad(states.values.square().sum() + last.sum(), table)
+        results.append((states.values, last, gradient))
+    jagged = Jagged.from_padded(ids, mask=HOLES)
+    attention = None if scores is None else Jagged.from_padded(scores, mask=HOLES)
+    states, last = gru(jagged, attention, table=table)
+    (gradient,) = torch.autograd.grad(states.values.square().sum() + last.sum(), table)
+    for expected, *others in zip(*results, (states.values, last, gradient), strict=True):
+        for other in others:
+            torch.testing.assert_close(other, expected)
+
+
 def test_nested_and_jagged_agree() -> None:
     items, scores = batch(VALID)
     assert scores is not None
@@ -97,8 +132,12 @@ def test_bad_input_is_named() -> None:
         layer(kind="lstm")
     with pytest.raises(ValueError, match="hidden_size: expected positive widths, got 3 and 0"):
         AttentionalGRU(3, 0)
-    with pytest.raises(ValueError, match=r"items: expected a width of 3, got \[10, 2\]"):
+    with pytest.raises(ValueError, match=r"items: expected a width of 3, got \[20, 2\]"):
         layer()(items[..., :2], scores, lengths=LENGTHS)
+    with pytest.raises(ValueError, match=r"table: expected a width of 3, got \[7, 2\]"):
+        layer()(torch.zeros(5, 4, dtype=torch.int64), scores, lengths=LENGTHS, table=torch.ones(7, 2))
+    with pytest.raises(TypeError, match="items: expected ids, int32 or int64, since a table is given"):
+        layer()(items, scores, lengths=LENGTHS, table=torch.ones(7, 3))
     with pytest.raises(TypeError, match="scores: expected Tensor, as the items, got Jagged"):
         layer()(items, Jagged.from_padded(items, lengths=LENGTHS), lengths=LENGTHS)
     with pytest.raises(ValueError, match="lengths, mask: expected exactly one"):

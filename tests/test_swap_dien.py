@@ -69,11 +69,23 @@ class TestDeepCTRTorch:
 
     @pytest.mark.parametrize("use_neg", [True, False])
     @pytest.mark.parametrize("lengths", [LENGTHS, LENGTHS.clamp_min(1), LENGTHS.clamp_max(1), LENGTHS * 0])
-    def test_extractor(self, use_neg: bool, lengths: Tensor) -> None:  # in float32, as its loss is
-        layer = spread(import_or_skip("deepctr_torch.models.dien").InterestExtractor(WIDTH, use_neg))
+    def test_extractor(
+        self, use_neg: bool, lengths: Tensor, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        module = import_or_skip("deepctr_torch.models.dien")
+        layer = spread(module.InterestExtractor(WIDTH, use_neg))
+
+        class InDtypeOfInput:
+            """The library's targets are of float32, which the loss of others does not take."""
+
+            @staticmethod
+            def binary_cross_entropy(p: Tensor, target: Tensor) -> Tensor:
+                return nn.functional.binary_cross_entropy(p, target.to(p.dtype))
+
+        monkeypatch.setattr(module, "F", InDtypeOfInput)
         negatives = histories().flip(0)
         call = lambda m, k, n: m(k, lengths, n)  # noqa: E731
-        assert_fused_equals_own(layer, call, [histories(), negatives], torch.float32)
+        assert_fused_equals_own(layer, call, [histories(), negatives], dtype)
 
     def test_state_and_copies(self) -> None:
         layer = spread(

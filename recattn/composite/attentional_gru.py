@@ -22,14 +22,17 @@ BLOCK_ROWS = {"cpu": 2048, "cuda": 1 << 16}
 class Recurrence(NamedTuple):
     """One call."""
 
-    inputs: Tensor  # [T, I]
+    inputs: Tensor  # [R, I]
     offsets: Tensor  # [B + 1]
-    scores: Tensor | None  # [T], with "gru" none
+    scores: Tensor | None  # [T], or [R]; with "gru" none
     weight_ih: Tensor  # [3H, I]
     weight_hh: Tensor  # [3H, H]
     bias_ih: Tensor  # [3H]
     bias_hh: Tensor  # [3H]
     initial: Tensor | None  # [B, H], zero if None
+    rows: Tensor | None  # [T], of each position its row of the inputs, where it is not the same
+    unique_rows: bool  # whether gradients go to these rows, which are all different, else to the positions
+    row_scores: bool  # whether the scores are in these rows too
     kind: str
     update: str
     reset_after: bool
@@ -37,6 +40,11 @@ class Recurrence(NamedTuple):
     @property
     def size(self) -> int:
         return self.weight_hh.shape[1]
+
+    @property
+    def positions(self) -> int:
+        """T."""
+        return self.inputs.shape[0] if self.rows is None else self.rows.numel()
 
     @property
     def batch(self) -> int:
@@ -129,11 +137,17 @@ class Layer:
 
     def inputs(self, block: Block) -> tuple[Tensor, Tensor, Tensor | None]:
         """What the products read, what came, and the attention: `[rows, I]` twice and `[rows, 1]`."""
-        x = self.call.inputs.index_select(0, block.rows).to(self.call.dtype)
-        if self.call.scores is None:
+        call, at = self.call, self.sources(block)
+        x = call.inputs.index_select(0, at).to(call.dtype)
+        if call.scores is None:
             return x, x, None
-        a = self.call.scores.index_select(0, block.rows).to(self.call.dtype).unsqueeze(1)
-        return a * x if self.call.kind == "aigru" else x, x, a
+        a = call.scores.index_select(0, at if call.row_scores else block.rows).to(call.dtype).unsqueeze(1)
+        return a * x if call.kind == "aigru" else x, x, a
+
+    def sources(self, block: Block) -> Tensor:
+        """The rows of the inputs."""
+        rows = self.call.rows
+        return block.rows if rows is None else rows.index_select(0, block.rows).to(torch.int64)
 
     def project(self, x: Tensor) -> Tensor:
         """The inputs' part of the pre-activations."""
@@ -206,7 +220,7 @@ class Layer:
 def forward(call: Recurrence) -> tuple[Tensor, Tensor]:
     """`states [T, H]` and `last [B, H]`, in the dtype of the inputs."""
     layer, schedule = Layer(call), Schedule.of(call.offsets)
-    states = call.inputs.new_zeros(call.inputs.shape[0], call.size)
+    states = call.inputs.new_zeros(call.positions, call.size)
     h = call.inputs.new_zeros(call.batch, call.size) if call.initial is None else call.initial
     last = h.clone()
     h = h.index_select(0, schedule.order).to(call.dtype)
@@ -231,15 +245,21 @@ def forward(call: Recurrence) -> tuple[Tensor, Tensor]:
 def backward(
     call: Recurrence, states: Tensor, grad_states: Tensor | None, grad_last: Tensor | None
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor, Tensor, Tensor | None]:
-    """Gradients of the inputs, scores, weights, biases and the initial state, in the dtype of the arithmetic.
+    """Gradients of the inputs, scores, weights, biases and the initial state, in the dtype of the arithmetic. Those of
+    inputs read by index, and scores beside them, are of these rows if they are unique, else of positions.
 
     The gates depend on the states alone, so the gradient that a step passes on is linear in the one it gets, with
     coefficients that a block computes for all its steps at once.
     """
     layer, schedule, size = Layer(call), Schedule.of(call.offsets), call.size
     like = call.inputs.new_empty(0, dtype=call.dtype)
-    grad_inputs = like.new_zeros(call.inputs.shape)
-    grad_scores = None if call.scores is None else like.new_zeros(call.scores.shape)
+    grad_inputs = like.new_zeros(
+        call.inputs.shape[0] if call.unique_rows else call.positions, call.inputs.shape[1]
+    )
+    by_row = call.unique_rows and call.row_scores
+    grad_scores = None
+    if call.scores is not None:
+        grad_scores = like.new_zeros(call.scores.shape[0] if by_row else call.positions)
     grad_ih, grad_hh = like.new_zeros(3 * size, call.inputs.shape[1]), like.new_zeros(3 * size, size)
     bias_ih, bias_hh = like.new_zeros(3 * size), like.new_zeros(3 * size)
     carry = like.new_zeros(call.batch, size)
@@ -290,14 +310,15 @@ def backward(
         grad_ih.addmm_(flat.t(), x)
         bias_ih += flat.sum(0)
         grad_x = flat @ weight_ih
+        to = layer.sources(block) if call.unique_rows else block.rows
         if grad_scores is not None:
             if call.kind == "aigru":
                 grad_a = torch.linalg.vecdot(grad_x, raw)
                 grad_x *= a  # type: ignore[arg-type]
             else:
                 grad_a = layer.score_gradient(z, move, dh)
-            grad_scores.index_copy_(0, block.rows, grad_a)
-        grad_inputs.index_copy_(0, block.rows, grad_x)
+            grad_scores.index_copy_(0, to if by_row else block.rows, grad_a)
+        grad_inputs.index_copy_(0, to, grad_x)
     if not call.reset_after:
         bias_hh = bias_ih.clone()
     initial = None

@@ -50,13 +50,7 @@ def check_histories(
     if values is not None:
         check_tensor("values", values, (keys.shape[0], "Dv"), like=keys)
     if rows is not None:
-        expect_tensor("rows", rows)
-        if rows.dtype not in (torch.int32, torch.int64):
-            raise TypeError(f"rows: expected int32 or int64, got {rows.dtype}")
-        if rows.dim() != 1:
-            raise ValueError(f"rows: expected shape [T], got {list(rows.shape)}")
-        if rows.device != keys.device:
-            raise ValueError(f"rows: expected device {keys.device}, as the keys, got {rows.device}")
+        checks.check_rows(rows, keys, "keys")
     elif sparse_grad:
         raise ValueError("sparse_grad: expected False, since no rows are given")
     if checks.VALIDATE:
@@ -71,11 +65,7 @@ def _validate(
     if query_offsets is not None:
         Jagged(query, query_offsets).validate()
     if rows is not None:
-        read = rows[: int(offsets[-1])]
-        if read.numel() and not 0 <= int(read.min()) <= int(read.max()) < keys.shape[0]:
-            raise ValueError(
-                f"rows: expected 0 to {keys.shape[0] - 1}, got {int(read.min())} to {int(read.max())}"
-            )
+        checks.validate_rows(rows[: int(offsets[-1])], keys.shape[0])
 
 
 def check_features(features: Sequence[str]) -> None:

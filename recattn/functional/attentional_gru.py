@@ -25,6 +25,10 @@ def attentional_gru(
     update: str = "paper",
     reset_after: bool = True,
     h0: Tensor | None = None,
+    rows: Tensor | None = None,
+    unique_rows: bool = False,
+    row_scores: bool = False,
+    sparse_grad: bool = False,
 ) -> tuple[Tensor, Tensor]:
     r"""A GRU over histories, in which attention may decide how far each item moves the state.
 
@@ -47,7 +51,8 @@ def attentional_gru(
     Only states are stored; backward computes gates again.
 
     Args:
-        inputs: `[T, I]`, the histories end to end. Rows from `offsets[-1]` on are never read.
+        inputs: `[T, I]`, the histories end to end; or `[R, I]`, see `rows`. Positions from `offsets[-1]` on are never
+            read.
         offsets: `[B + 1]`, int32 or int64: history b is `inputs[offsets[b]:offsets[b + 1]]`. It may be empty.
         scores: `[T]`, the attention, normalised if it is to be; None for `"gru"`.
         weight_ih: `[3H, I]`.
@@ -59,6 +64,11 @@ def attentional_gru(
         reset_after: whether the reset gate scales `W_hn h + b_hn`, as in `torch.nn.GRU`, or else h before the
             product, `W_hn (r ⊙ h) + b_hn`, as in TensorFlow's GRUCell.
         h0: `[B, H]`, the states to start from; zero if None.
+        rows: `[T]`, int32 or int64: position t of the histories has row `rows[t]` of the inputs, which then may have
+            any number of rows: a padded batch, the table of an embedding. `offsets` counts positions.
+        unique_rows: promises that no row is at two positions, so that gradients need no sorting.
+        row_scores: whether the scores are read by `rows` too, `[R]` as the inputs, not `[T]`.
+        sparse_grad: whether the gradient of inputs read by `rows` is sparse.
 
     All tensors are of one floating dtype (float16, bfloat16, float32; float64 without a fused kernel) and on
     one device; under autocast they are cast to its dtype. float32 products follow
@@ -82,6 +92,7 @@ def attentional_gru(
     check_choice("kind", kind, KINDS)
     check_choice("update", update, UPDATES)
     checks.check_flags(reset_after=reset_after)
+    checks.check_flags(unique_rows=unique_rows, row_scores=row_scores, sparse_grad=sparse_grad)
     check_tensor("inputs", inputs, ("T", "I"), like=inputs, of="inputs")
     if inputs.dtype not in checks.DTYPES:
         raise TypeError(f"inputs: expected one of {', '.join(map(str, checks.DTYPES))}, got {inputs.dtype}")
@@ -92,8 +103,16 @@ def attentional_gru(
     if (scores is None) != (kind == "gru"):
         expected = "None" if kind == "gru" else "a tensor"
         raise ValueError(f"scores: expected {expected} for {kind!r}, got {type(scores).__name__}")
+    if rows is not None:
+        checks.check_rows(rows, inputs, "inputs")
+    for name, flag in (("row_scores", row_scores), ("sparse_grad", sparse_grad)):
+        if flag and rows is None:
+            raise ValueError(f"{name}: expected False, since no rows are given")
+    if row_scores and scores is None:
+        raise ValueError("row_scores: expected False, since no scores are given")
     if scores is not None:
-        check_tensor("scores", scores, (inputs.shape[0],), like=inputs, of="inputs")
+        positions = inputs.shape[0] if rows is None or row_scores else rows.numel()
+        check_tensor("scores", scores, (positions,), like=inputs, of="inputs")
     check_tensor("weight_hh", weight_hh, ("3H", "H"), like=inputs, of="inputs")
     size = weight_hh.shape[1]
     if size == 0:
@@ -105,7 +124,9 @@ def attentional_gru(
     if h0 is not None:
         check_tensor("h0", h0, (offsets.numel() - 1, size), like=inputs, of="inputs")
     if checks.VALIDATE:
-        Jagged(inputs, offsets).validate()
+        Jagged(inputs if rows is None else rows, offsets).validate()
+        if rows is not None:
+            checks.validate_rows(rows[: int(offsets[-1])], inputs.shape[0])
     return _op.forward_op(
         inputs,
         offsets,
@@ -115,6 +136,10 @@ def attentional_gru(
         bias_ih,
         bias_hh,
         h0,
+        rows,
+        unique_rows,
+        row_scores,
+        sparse_grad,
         kind,
         update,
         reset_after,

@@ -90,3 +90,20 @@ def check_tensor(
         raise TypeError(f"{name}: expected {like.dtype}, as the {of}, got {tensor.dtype}")
     if tensor.device != like.device:
         raise ValueError(f"{name}: expected device {like.device}, as the {of}, got {tensor.device}")
+
+
+def check_rows(rows: Any, like: Tensor, of: str) -> None:
+    """Of the rows `[T]` of `like`, called `of`, that are read by index."""
+    expect_tensor("rows", rows)
+    if rows.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"rows: expected int32 or int64, got {rows.dtype}")
+    if rows.dim() != 1:
+        raise ValueError(f"rows: expected shape [T], got {list(rows.shape)}")
+    if rows.device != like.device:
+        raise ValueError(f"rows: expected device {like.device}, as the {of}, got {rows.device}")
+
+
+def validate_rows(rows: Tensor, count: int) -> None:
+    """Checks that there are such, out of `count`, which waits for the device."""
+    if rows.numel() and not 0 <= int(rows.min()) <= int(rows.max()) < count:
+        raise ValueError(f"rows: expected 0 to {count - 1}, got {int(rows.min())} to {int(rows.max())}")

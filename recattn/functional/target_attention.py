@@ -120,13 +120,7 @@ def _check_histories(keys: Tensor, values: Tensor, offsets: Tensor, rows: Tensor
     check_offsets("offsets", offsets, keys.device)
     if rows is None:
         return keys.shape[0]
-    expect_tensor("rows", rows)
-    if rows.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"rows: expected int32 or int64, got {rows.dtype}")
-    if rows.dim() != 1:
-        raise ValueError(f"rows: expected shape [T], got {list(rows.shape)}")
-    if rows.device != keys.device:
-        raise ValueError(f"rows: expected device {keys.device}, as the keys, got {rows.device}")
+    checks.check_rows(rows, keys, "keys")
     return rows.shape[0]
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from recattn import functional
-from recattn.jagged import Jagged, valid_positions
+from recattn.jagged import Jagged
 from recattn.nn.histories import Histories, expect_sequences
 from recattn.nn.twin import Twin
 from recattn.reference import attentional_gru_padded
@@ -70,6 +71,7 @@ class AttentionalGRU(Twin):
         *,
         lengths: Tensor | None = None,
         mask: Tensor | None = None,
+        table: Tensor | None = None,
         h0: Tensor | None = None,
     ) -> tuple[Jagged, Tensor]:
         """Runs over the histories.
@@ -80,6 +82,8 @@ class AttentionalGRU(Twin):
             lengths: `[B]` integers, for right padding, or
             mask: `[B, L]`, bool or integers, non-zero where an item counts, in any pattern.
             scores: the attention, in the layout of the items but for their last dimension; not for `"gru"`.
+            table: `[R, I]`, such as the weight of an embedding. Then `items` has ids of its rows, without the last
+                dimension.
             h0: `[B, H]`, the states to start from; zero without it.
 
         Returns:
@@ -89,20 +93,37 @@ class AttentionalGRU(Twin):
         Raises:
             TypeError, ValueError: as `recattn.functional.attentional_gru`, and if lengths or a mask come with items
                 that are not padded, or neither with items that are.
+
+        Padded batches and tables are read in place.
         """
-        history, attention = _packed(items, scores, lengths, mask)
-        if history.values.dim() != 2 or history.values.shape[1] != self.input_size:
-            raise ValueError(
-                f"items: expected a width of {self.input_size}, got {list(history.values.shape)}"
-            )
+        history, attention = _histories(items, scores, lengths, mask, table)
+        read = history.keys
+        if read.dim() != 2 or read.shape[1] != self.input_size:
+            name = "items" if table is None else "table"
+            raise ValueError(f"{name}: expected a width of {self.input_size}, got {list(read.shape)}")
         if self.implementation == "eager":
             return self._eager(history, attention, h0)
         states, last = functional.attentional_gru(
-            history.values, history.offsets, attention, *self._parameters_in_order(), h0=h0, **self._options()
+            read,
+            history.offsets,
+            attention,
+            *self._parameters_in_order(),
+            h0=h0,
+            rows=history.rows,
+            unique_rows=history.unique_rows,
+            row_scores=history.unique_rows and attention is not None,
+            **self._options(),
         )
-        return history.with_values(states), last
+        return Jagged(states, history.offsets), last
 
-    def _eager(self, history: Jagged, attention: Tensor | None, h0: Tensor | None) -> tuple[Jagged, Tensor]:
+    def _eager(
+        self, histories: Histories, attention: Tensor | None, h0: Tensor | None
+    ) -> tuple[Jagged, Tensor]:
+        if attention is not None and histories.unique_rows:
+            history, column = replace(histories, values=attention.unsqueeze(1)).packed()
+            attention = None if column is None else column.squeeze(1)
+        else:
+            history, _ = histories.packed()
         padded = history.to_padded()
         mask = torch.arange(padded.shape[1], device=padded.device) < history.lengths[:, None]
         a = None if attention is None else history.with_values(attention).to_padded(padded.shape[1])
@@ -130,27 +151,27 @@ class AttentionalGRU(Twin):
         )
 
 
-def _packed(
-    items: Jagged | Tensor, scores: Jagged | Tensor | None, lengths: Tensor | None, mask: Tensor | None
-) -> tuple[Jagged, Tensor | None]:
-    """The histories and their attention, `[T]`, end to end."""
+def _histories(
+    items: Jagged | Tensor,
+    scores: Jagged | Tensor | None,
+    lengths: Tensor | None,
+    mask: Tensor | None,
+    table: Tensor | None,
+) -> tuple[Histories, Tensor | None]:
+    """The histories where they are, and their attention: `[R]` beside the items of a padded batch, else `[T]`."""
     expect_sequences("items", items)
     if scores is not None and type(scores) is not type(items):
         raise TypeError(f"scores: expected {type(items).__name__}, as the items, got {type(scores).__name__}")
-    if isinstance(items, Jagged) or items.is_nested:
-        history, _ = Histories.of(items, None, lengths, mask, None).packed()
-        if scores is None:
-            return history, None
-        attention = scores if isinstance(scores, Jagged) else Jagged.from_nested(scores)
-        return history, attention.values
-    if items.dim() != 3:
-        raise ValueError(f"items: expected [B, L, I], got {list(items.shape)}")
-    if isinstance(scores, Tensor) and scores.shape != items.shape[:2]:
+    history = Histories.of(items, None, lengths, mask, table, name="items")
+    if history.rows is not None and history.rows.is_cpu:  # where counting rows waits for nothing
+        history = replace(history, rows=history.rows[: int(history.offsets[-1])])
+    if isinstance(scores, Jagged):
+        return history, scores.values
+    if scores is None or scores.is_nested:
+        return history, None if scores is None else Jagged.from_nested(scores).values
+    assert isinstance(items, Tensor)
+    if scores.shape != items.shape[:2]:
         raise ValueError(f"scores: expected {list(items.shape[:2])}, as the items, got {list(scores.shape)}")
-    column = scores.unsqueeze(-1) if isinstance(scores, Tensor) else None
-    history, values = Histories.of(items, column, lengths, mask, None).packed()
-    if history.values.device.type == "cpu":  # where counting rows waits for nothing
-        total = int(valid_positions(items, lengths, mask).sum())
-        history = Jagged(history.values[:total], history.offsets)
-        values = None if values is None else values[:total]
-    return history, None if values is None else values.squeeze(-1)
+    if table is None:
+        return history, scores.flatten()
+    return history, Jagged.from_padded(scores, mask=history.valid).values

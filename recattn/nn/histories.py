@@ -38,22 +38,24 @@ class Histories:
         lengths: Tensor | None,
         mask: Tensor | None,
         table: Tensor | None,
+        *,
+        name: str = "keys",
     ) -> Histories:
-        """Of keys `[..., D]`, or of ids `[...]` of the rows of a table."""
-        expect_sequences("keys", keys)
+        """Of keys `[..., D]`, which the caller may call by another name, or of ids `[...]` of the rows of a table."""
+        expect_sequences(name, keys)
         if values is not None:
             expect_sequences("values", values)
         padded = isinstance(keys, Tensor) and not keys.is_nested
         if not padded and (lengths is not None or mask is not None):
-            raise ValueError("lengths, mask: expected None, since keys are not padded")
+            raise ValueError(f"lengths, mask: expected None, since {name} are not padded")
         if table is not None:
-            ids, offsets, valid = _ids(keys, lengths, mask)
+            ids, offsets, valid = _ids(name, keys, lengths, mask)
             if isinstance(values, Jagged) or (values is not None and values.is_nested):
                 raise TypeError(f"values: expected another table, [R, Dv], got {type(values).__name__}")
             return cls(table, values, offsets, ids, valid=valid)
         if isinstance(keys, Tensor) and padded:
             if keys.dim() != 3:
-                raise ValueError(f"keys: expected [B, L, D], got {list(keys.shape)}")
+                raise ValueError(f"{name}: expected [B, L, D], got {list(keys.shape)}")
             valid = valid_positions(keys, lengths, mask)
             values = padded_values(keys, values)
             rows, offsets = pack(valid)
@@ -104,14 +106,14 @@ def as_jagged(x: Jagged | Tensor, lengths: Tensor | None = None, mask: Tensor | 
 
 
 def _ids(
-    ids: Jagged | Tensor, lengths: Tensor | None, mask: Tensor | None
+    name: str, ids: Jagged | Tensor, lengths: Tensor | None, mask: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     dtype = ids.values.dtype if isinstance(ids, Jagged) else ids.dtype
     if dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"keys: expected ids, int32 or int64, since a table is given, got {dtype}")
+        raise TypeError(f"{name}: expected ids, int32 or int64, since a table is given, got {dtype}")
     if isinstance(ids, Tensor) and not ids.is_nested:
         if ids.dim() != 2:
-            raise ValueError(f"keys: expected ids [B, L], since a table is given, got {list(ids.shape)}")
+            raise ValueError(f"{name}: expected ids [B, L], since a table is given, got {list(ids.shape)}")
         valid = valid_positions(ids, lengths, mask)
         rows, offsets = pack(valid)
         return ids.flatten().index_select(0, rows), offsets, valid

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from recattn.composite import attentional_gru as composite
 from recattn.ops.library import LIBRARY, choose, differentiable_once, implement
+from recattn.ops.rows import table_gradient
 
 __all__ = ["KINDS", "UPDATES", "backward_op", "forward_op"]
 
@@ -18,7 +19,8 @@ UPDATES = ("paper", "official")
 
 _ARGUMENTS = (
     "Tensor inputs, Tensor offsets, Tensor? scores, Tensor weight_ih, Tensor weight_hh, Tensor bias_ih,"
-    " Tensor bias_hh, Tensor? h0, str kind, str update, bool reset_after, str backend"
+    " Tensor bias_hh, Tensor? h0, Tensor? rows, bool unique_rows, bool row_scores, bool sparse_grad, str kind,"
+    " str update, bool reset_after, str backend"
 )
 LIBRARY.define(f"attentional_gru({_ARGUMENTS}) -> (Tensor states, Tensor last)")
 LIBRARY.define(
@@ -28,9 +30,17 @@ forward_op = torch.ops.recattn.attentional_gru.default
 backward_op = torch.ops.recattn.attentional_gru_backward.default
 
 
+def recurrence_of(*arguments: Any) -> composite.Recurrence:
+    *tensors, rows, unique_rows, row_scores, _sparse_grad, kind, update, reset_after = arguments
+    indexed = rows is not None
+    return composite.Recurrence(
+        *tensors, rows, unique_rows and indexed, row_scores and indexed, kind, update, reset_after
+    )
+
+
 def _forward(*arguments: Any, on_gpu: bool) -> tuple[Tensor, Tensor]:
     *call, backend = arguments
-    recurrence = composite.Recurrence(*call)
+    recurrence = recurrence_of(*call)
 
     def triton() -> tuple[Tensor, Tensor]:
         from recattn.kernels.attentional_gru import forward
@@ -51,7 +61,7 @@ def _backward(
     grad_states: Tensor | None, grad_last: Tensor | None, states: Tensor, *arguments: Any, on_gpu: bool
 ) -> list[Tensor]:
     *call, backend = arguments
-    recurrence = composite.Recurrence(*call)
+    recurrence = recurrence_of(*call)
     upstream = states, grad_states, grad_last
 
     def triton() -> tuple[Tensor | None, ...]:
@@ -76,15 +86,21 @@ implement("attentional_gru_backward", _backward)
 
 @torch.library.register_fake("recattn::attentional_gru", lib=LIBRARY)
 def _fake(*arguments: Any) -> tuple[Tensor, Tensor]:
-    inputs, offsets, _, _, weight_hh = arguments[:5]
+    inputs, offsets, _, _, weight_hh, _, _, _, rows = arguments[:9]
     size = weight_hh.shape[1]
-    return inputs.new_empty(inputs.shape[0], size), inputs.new_empty(offsets.shape[0] - 1, size)
+    positions = inputs.shape[0] if rows is None else rows.numel()
+    return inputs.new_empty(positions, size), inputs.new_empty(offsets.shape[0] - 1, size)
 
 
 @torch.library.register_fake("recattn::attentional_gru_backward", lib=LIBRARY)
 def _fake_backward(*arguments: Any) -> list[Tensor]:
-    inputs, _, *others = arguments[3:11]
-    return [t.new_empty(t.shape) for t in (inputs, *others) if t is not None]
+    inputs, _, scores, *others = arguments[3:11]
+    rows, unique_rows, row_scores = arguments[11:14]
+    if rows is not None and not unique_rows:
+        inputs = inputs.new_empty(rows.numel(), inputs.shape[1])
+    if rows is not None and not unique_rows and row_scores and scores is not None:
+        scores = scores.new_empty(rows.numel())
+    return [t.new_empty(t.shape) for t in (inputs, scores, *others) if t is not None]
 
 
 class _Autograd(torch.autograd.Function):
@@ -92,8 +108,8 @@ class _Autograd(torch.autograd.Function):
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
         with torch._C._AutoDispatchBelowAutograd():
             states, last = forward_op(*arguments)
-        ctx.save_for_backward(states, *arguments[:8])
-        ctx.options = arguments[8:]
+        ctx.save_for_backward(states, *arguments[:9])
+        ctx.options = arguments[9:]
         ctx.set_materialize_grads(False)
         return states, last
 
@@ -101,8 +117,19 @@ class _Autograd(torch.autograd.Function):
     def backward(ctx: Any, grad_states: Tensor | None, grad_last: Tensor | None) -> tuple[Any, ...]:
         states, *tensors = ctx.saved_tensors
         gradients = backward_op(grad_states, grad_last, states, *tensors, *ctx.options)
-        optional = [None if tensor is None else gradients.pop(1) for tensor in tensors[2:]]
-        return gradients[0], None, *optional, *[None] * len(ctx.options)
+        inputs, offsets, scores, *others, rows = tensors
+        unique_rows, row_scores, sparse_grad, *_ = ctx.options
+        grad_inputs = gradients.pop(0)
+        grad_scores = None if scores is None else gradients.pop(0)
+        if rows is not None and not unique_rows:
+            grad_inputs = table_gradient(grad_inputs, rows, offsets[-1], inputs.shape[0], sparse_grad)
+            if grad_scores is not None and row_scores:
+                grad_scores = grad_scores.unsqueeze(1)
+                grad_scores = table_gradient(grad_scores, rows, offsets[-1], scores.shape[0], False).squeeze(
+                    1
+                )
+        optional = [None if tensor is None else gradients.pop(0) for tensor in others]
+        return grad_inputs, None, grad_scores, *optional, None, *[None] * len(ctx.options)
 
 
 def _with_autograd(*arguments: Any) -> tuple[Tensor, Tensor]:

@@ -57,9 +57,16 @@ def attentional_gru(
     update: str = "paper",
     reset_after: bool = True,
     h0: Tensor | None = None,
+    rows: Tensor | None = None,
+    row_scores: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """One sequence at a time, one item at a time."""
     bounds = offsets.tolist()
+    positions = len(inputs) if rows is None else len(rows)
+    if rows is not None:
+        rows = rows[: bounds[-1]].to(torch.int64)
+        inputs = inputs[rows]
+        scores = scores[rows] if scores is not None and row_scores else scores
     parameters = weight_ih, weight_hh, bias_ih, bias_hh
     initial = inputs.new_zeros(len(bounds) - 1, weight_hh.shape[1]) if h0 is None else h0
     states, last = [], []
@@ -69,7 +76,7 @@ def attentional_gru(
             h = step(inputs[t], h, a, *parameters, kind, update, reset_after)
             states.append(h)
         last.append(h)
-    slack = inputs.new_zeros(len(inputs) - bounds[-1], initial.shape[1])
+    slack = inputs.new_zeros(positions - bounds[-1], initial.shape[1])
     all_states = torch.cat([torch.stack(states), slack]) if states else slack
     return all_states, torch.stack(last) if last else initial
 

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
-
 import torch
 from deepctr_torch.layers.core import DNN
 from deepctr_torch.layers.sequence import AGRUCell, AUGRUCell, DynamicGRU
 from deepctr_torch.models.dien import InterestEvolving, InterestExtractor
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
-from recattn.swap.coverage import Options, Swap, Uncovered, expect, expect_own, instead_of
+from recattn.swap.coverage import Swap, Uncovered, expect, expect_own, instead_of
 from recattn.swap.histories import by_length
-from recattn.swap.recurrences import Histories, Recurrence
+from recattn.swap.recurrences import Histories, Recurrence, check_auxiliary, check_by
 
 __all__ = ["SWAPS", "FusedInterestEvolving", "FusedInterestExtractor"]
 
@@ -104,10 +101,7 @@ def _extractor(layer: InterestExtractor) -> Recurrence:
     for method in ("forward", "_cal_auxiliary_loss"):
         expect_own(method, layer)
     if layer.use_neg:
-        if type(layer.auxiliary_net) is not DNN:
-            raise Uncovered(f"auxiliary_net: {type(layer.auxiliary_net).__name__} in place of DNN")
-        if any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in layer.auxiliary_net.modules()):
-            raise Uncovered("auxiliary_net: batch statistics")
+        check_auxiliary(layer.auxiliary_net, DNN)
     return Recurrence.of_gru("gru", layer.gru)
 
 
@@ -122,17 +116,7 @@ def _evolution(layer: InterestEvolving) -> Recurrence:
     return Recurrence.of_gru("interest_evolution", layer.interest_evolution, layer.gru_type.lower())
 
 
-def _check_extractor(layer: Any, _: Options) -> Sequence[str]:
-    _extractor(layer)
-    return ()
-
-
-def _check_evolution(layer: Any, _: Options) -> Sequence[str]:
-    _evolution(layer)
-    return ()
-
-
 SWAPS = (
-    Swap(InterestExtractor, FusedInterestExtractor, _check_extractor),
-    Swap(InterestEvolving, FusedInterestEvolving, _check_evolution),
+    Swap(InterestExtractor, FusedInterestExtractor, check_by(_extractor)),
+    Swap(InterestEvolving, FusedInterestEvolving, check_by(_evolution)),
 )

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
-
 import torch
 from recbole.model.layers import MLPLayers
 from recbole.model.sequential_recommender.dien import (
@@ -14,12 +11,12 @@ from recbole.model.sequential_recommender.dien import (
     InterestEvolvingLayer,
     InterestExtractorNetwork,
 )
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
-from recattn.swap.coverage import Options, Swap, Uncovered, expect, expect_own, instead_of
+from recattn.swap.coverage import Swap, Uncovered, expect, expect_own, instead_of
 from recattn.swap.histories import by_length
-from recattn.swap.recurrences import Histories, Recurrence
+from recattn.swap.recurrences import Histories, Recurrence, check_auxiliary, check_by
 
 __all__ = ["SWAPS", "FusedInterestEvolvingLayer", "FusedInterestExtractorNetwork"]
 
@@ -75,10 +72,7 @@ def _check_lengths(keys: Tensor, lengths: Tensor) -> None:
 def _extractor(layer: InterestExtractorNetwork) -> Recurrence:
     for method in ("forward", "auxiliary_loss"):
         expect_own(method, layer)
-    if type(layer.auxiliary_net) is not MLPLayers:
-        raise Uncovered(f"auxiliary_net: {type(layer.auxiliary_net).__name__} in place of MLPLayers")
-    if any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in layer.auxiliary_net.modules()):
-        raise Uncovered("auxiliary_net: batch statistics")
+    check_auxiliary(layer.auxiliary_net, MLPLayers)
     return Recurrence.of_gru("gru", layer.gru)
 
 
@@ -92,17 +86,7 @@ def _evolution(layer: InterestEvolvingLayer) -> Recurrence:
     return Recurrence.of_gru("dynamic_rnn", layer.dynamic_rnn, layer.gru.lower())
 
 
-def _check_extractor(layer: Any, _: Options) -> Sequence[str]:
-    _extractor(layer)
-    return ()
-
-
-def _check_evolution(layer: Any, _: Options) -> Sequence[str]:
-    _evolution(layer)
-    return ()
-
-
 SWAPS = (
-    Swap(InterestExtractorNetwork, FusedInterestExtractorNetwork, _check_extractor),
-    Swap(InterestEvolvingLayer, FusedInterestEvolvingLayer, _check_evolution),
+    Swap(InterestExtractorNetwork, FusedInterestExtractorNetwork, check_by(_extractor)),
+    Swap(InterestEvolvingLayer, FusedInterestEvolvingLayer, check_by(_evolution)),
 )

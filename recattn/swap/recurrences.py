@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -10,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from recattn import functional
-from recattn.jagged import offsets_of
-from recattn.swap.coverage import Uncovered, expect, expect_own
+from recattn.jagged import Jagged, pack
+from recattn.swap.coverage import Options, Uncovered, expect, expect_own
 
 
 class Recurrence(NamedTuple):
@@ -49,8 +50,16 @@ class Recurrence(NamedTuple):
         Args:
             scores: `[B, L]`, the attention.
         """
-        a = None if scores is None else scores.flatten().index_select(0, histories.rows)
-        return functional.attentional_gru(histories.values, histories.offsets, a, *self[1:], kind=self.kind)
+        return functional.attentional_gru(
+            histories.padded.flatten(0, 1),
+            histories.offsets,
+            None if scores is None else scores.flatten(),
+            *self[1:],
+            kind=self.kind,
+            rows=histories.rows,
+            unique_rows=True,
+            row_scores=scores is not None,
+        )
 
 
 def _biases(weight: Tensor, *biases: Tensor) -> tuple[Tensor, Tensor]:
@@ -68,50 +77,68 @@ def _keeping(reset: Tensor, update: Tensor, candidate: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Histories:
-    """A padded batch `padded [B, L, D]`, and which positions count, `valid [B, L]`.
-
-    Like the libraries, waits for the device for the number of these.
-    """
+    """A padded batch `padded [B, L, D]`, read in place, and which positions count, `valid [B, L]`."""
 
     padded: Tensor
     valid: Tensor
 
     @cached_property
+    def _packed(self) -> tuple[Tensor, Tensor]:
+        rows, offsets = pack(self.valid)
+        return rows[: int(offsets[-1])] if rows.is_cpu else rows, offsets
+
+    @property
     def rows(self) -> Tensor:
-        """`[T]`, where they are in the flattened batch."""
-        return self.valid.flatten().nonzero().squeeze(1)
+        """`[T]`, where they are in the flattened batch; on the CPU as many as there are, elsewhere B·L with zeros
+        behind, so that nothing waits for the device."""
+        return self._packed[0]
 
-    @cached_property
+    @property
     def offsets(self) -> Tensor:
-        return offsets_of(self.valid.sum(1))
+        return self._packed[1]
 
     @cached_property
-    def values(self) -> Tensor:
-        """`[T, D]`, end to end."""
-        return self.pack(self.padded)
+    def inside(self) -> Tensor:
+        """`[T]`, which rows there are."""
+        return torch.arange(self.rows.numel(), device=self.rows.device) < self.offsets[-1]
 
-    def pack(self, padded: Tensor) -> Tensor:
-        return padded.flatten(0, 1).index_select(0, self.rows)
-
-    def pad(self, values: Tensor) -> Tensor:
+    def pad(self, states: Tensor) -> Tensor:
         """Of `[T, D]`, `[B, L, D]` with 0 in the padding."""
         batch, longest = self.valid.shape
-        flat = values.new_zeros(batch * longest, values.shape[1])
-        return flat.index_copy(0, self.rows, values).reshape(batch, longest, -1)
+        places = torch.where(self.inside, self.rows, batch * longest)  # one behind the last is dropped
+        flat = states.new_zeros(batch * longest + 1, states.shape[1]).index_copy(0, places, states)
+        return flat[:-1].reshape(batch, longest, -1)
 
     def next_items(self, states: Tensor, negatives: Tensor) -> tuple[Tensor, Tensor]:
         """What an auxiliary network tells apart: each state with the item behind it, and with a negative sample for
-        that, `[P, 2D]` each.
+        that, `[P, 2D]` each. Like the libraries, waits for the device for their number.
 
         Args:
             states: `[T, D]`.
             negatives: `[B, L, D]`.
         """
-        ends = torch.zeros(len(self.rows), dtype=torch.bool, device=states.device)
-        ends[self.offsets[1:][self.offsets.diff() > 0] - 1] = True
-        at = (~ends).nonzero().squeeze(1)
-        state = states.index_select(0, at)
+        last = Jagged(self.rows, self.offsets).last(1)
+        at = (self.inside & ~last).nonzero().squeeze(1)
+        state, following = states.index_select(0, at), self.rows.index_select(0, at + 1)
         return (
-            torch.cat([state, self.values.index_select(0, at + 1)], -1),
-            torch.cat([state, self.pack(negatives).index_select(0, at + 1)], -1),
+            torch.cat([state, self.padded.flatten(0, 1).index_select(0, following)], -1),
+            torch.cat([state, negatives.flatten(0, 1).index_select(0, following)], -1),
         )
+
+
+def check_auxiliary(net: nn.Module, expected: type[nn.Module]) -> None:
+    """Raises unless an auxiliary network, which is called, gives for an item the same whatever the others are."""
+    if type(net) is not expected:
+        raise Uncovered(f"auxiliary_net: {type(net).__name__} in place of {expected.__name__}")
+    if any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in net.modules()):
+        raise Uncovered("auxiliary_net: batch statistics")
+
+
+def check_by(recurrence: Callable[[Any], Recurrence]) -> Callable[[Any, Options], Sequence[str]]:
+    """The check of a `Swap`: whether there is a `recurrence` of the layer. There is nothing to remark on."""
+
+    def check(layer: Any, _: Options) -> Sequence[str]:
+        recurrence(layer)
+        return ()
+
+    return check

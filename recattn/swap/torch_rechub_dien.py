@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch_rechub.models.ranking.dien import AUGRU, AUGRU_Cell
 
-from recattn.swap.coverage import Options, Swap, Uncovered, expect, expect_own, instead_of
-from recattn.swap.recurrences import Histories, Recurrence
+from recattn.swap.coverage import Swap, Uncovered, expect, expect_own, instead_of
+from recattn.swap.recurrences import Histories, Recurrence, check_by
 
 __all__ = ["SWAPS", "FusedAUGRU"]
 
@@ -66,9 +63,4 @@ def _recurrence(layer: AUGRU) -> Recurrence:
     )
 
 
-def _check(layer: Any, _: Options) -> Sequence[str]:
-    _recurrence(layer)
-    return ()
-
-
-SWAPS = (Swap(AUGRU, FusedAUGRU, _check),)
+SWAPS = (Swap(AUGRU, FusedAUGRU, check_by(_recurrence)),)
