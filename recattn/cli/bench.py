@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from recattn.bench import history, library, page, plot, report
-from recattn.bench.cases import CASES, check_providers, select_cases
+from recattn.bench.cases import CASES, check_providers, default_providers, select_cases
 from recattn.bench.console import (
     add_data_argument,
     add_device_arguments,
@@ -35,7 +35,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_data_argument(parser, "histories")
     parser.add_argument("--op", nargs="+", metavar="NAME", help=", ".join(dict.fromkeys(c.op for c in CASES)))
     parser.add_argument("--case", nargs="+", metavar="NAME", help=", ".join(case.name for case in CASES))
-    parser.add_argument("--provider", nargs="+", metavar="NAME", help="some of those that a case has")
+    parser.add_argument(
+        "--provider",
+        nargs="+",
+        metavar="NAME",
+        help="default: all that a case has, but for libraries that are not installed",
+    )
     parser.add_argument(
         "--mode", nargs="+", choices=MODES, help="default: all but forward, which keeps a graph and drops it"
     )
@@ -95,7 +100,7 @@ def run(args: argparse.Namespace) -> int:
             measured = measure(
                 task,
                 meter,
-                providers=args.provider,
+                providers=args.provider or default_providers(case, quick=args.quick),
                 modes=modes,
                 budget=budget,
                 rounds=rounds,

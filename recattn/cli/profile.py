@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from recattn.bench import page, plot, scaling
-from recattn.bench.cases import SWEPT, check_providers
+from recattn.bench.cases import SWEPT, check_providers, default_providers
 from recattn.bench.console import (
     add_data_argument,
     add_device_arguments,
@@ -87,7 +87,7 @@ def run(args: argparse.Namespace) -> int:
     if len(sizes) < 2 or min(sizes) <= 0 or (args.over != "fill" and any(n % 1 for n in sizes)):
         raise ValueError(f"sizes: expected at least two different ones, whole but for fill, got {sizes}")
     check_providers(args.provider, [case])
-    names = args.provider or [name for name in case.providers if name not in BUT]
+    names = args.provider or [name for name in default_providers(case, quick=False) if name not in BUT]
     cases = {size: scaling.at(case, args.over, size) for size in sizes}
     meter = meter_for(device)
     limit = _limit(args.memory_limit, meter)
