@@ -11,7 +11,8 @@ from recattn.bench import peers, report
 from recattn.bench.cases import CASES, OPERATORS, SWEPT, check_providers, default_providers, select_cases
 from recattn.bench.histories import SCALED_LOG
 from recattn.bench.measure import RECORD, Inaccurate, measure, verified
-from recattn.bench.task import Case, Prepared, Setting, Task
+from recattn.bench.roofline import Peaks
+from recattn.bench.task import Case, Prepared, Setting, Task, Work
 from recattn.bench.tasks import activation_unit
 from recattn.bench.tasks.activation_unit import ActivationUnit, make_inputs
 from recattn.bench.tasks.attentional_gru import AttentionalGRU
@@ -325,20 +326,24 @@ def test_a_provider_that_fails_or_is_wrong_gets_an_error_and_the_others_figures(
 
 def test_times_are_compared_round_by_round():
     class Meter(HostMeter):
-        """The machine gets slower from call to call; the first of a round takes 1, the second 3 times as long."""
+        """The machine gets ten times slower from round to round; the second provider takes 3 times as long."""
 
         calls = 0
 
         def milliseconds(self, run):
             run()
             self.calls += 1
-            return 10.0 ** (self.calls // 2) * (1, 3)[self.calls % 2]
+            factor = (1, 3, 3, 1)[(self.calls - 1) % 4]  # there and back
+            return 10.0 ** ((self.calls + 1) // 2) * factor
 
     task = task_with(recattn=activation_unit.recattn, eager=activation_unit.eager)
-    measured = measure(task, Meter(), modes=["inference"], budget=0, rounds=(4, 4))
+    peaks = Peaks(1e9, 1e9, "made up")
+    measured = measure(task, Meter(), modes=["inference"], budget=0, rounds=(4, 4), peaks=peaks)
     own, eager = measured
-    assert (own.relative, eager.relative) == (1.0, pytest.approx(10 / 3))
+    assert (own.relative, eager.relative) == (1.0, pytest.approx(3))
+    assert (eager.relative_low, eager.relative_high) == (pytest.approx(3), pytest.approx(3))
     assert report.speedups(measured) == [(own, eager, eager.relative)]
+    assert own.roofline == pytest.approx(peaks.ms(Work(own.bytes, own.flops)) / own.ms)
 
 
 def test_what_is_refused_is_not_run_and_says_why():

@@ -7,7 +7,6 @@ from html import escape
 from itertools import groupby
 
 from recattn.bench.report import COLUMNS, LEFT, Section, failures, rows
-from recattn.bench.roofline import Peaks
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1f2937; --page: #ffffff; --dim: #5b6472; --line: #d5dae1; --own: #e8f2fa;
@@ -74,13 +73,13 @@ def page(
 """
 
 
-def section(content: Section, peaks: Peaks | None) -> str:
+def section(content: Section) -> str:
     """One case of `recattn bench`."""
     head = "".join(f"<th{_left(column)}>{escape(column)}</th>" for column in COLUMNS)
     body = []
     for mode, group in groupby(content.measured, key=lambda m: m.mode):
         body.append(f'<tr class="mode"><td colspan="{len(COLUMNS)}">{escape(mode)}</td></tr>')
-        for m, cells in rows(list(group), peaks):
+        for m, cells in rows(list(group)):
             kind = ' class="bad"' if m.error else ' class="own"' if m.provider == "recattn" else ""
             figures = "".join(
                 f"<td{_left(column)}>{escape(cell)}</td>" for column, cell in zip(COLUMNS, cells, strict=True)

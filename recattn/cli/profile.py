@@ -111,6 +111,7 @@ def run(args: argparse.Namespace) -> int:
                 modes=args.mode,
                 budget=budget,
                 rounds=rounds,
+                peaks=peaks,
                 check=task.work.bytes / dtype.itemsize <= CHECKED,
                 refuse=guard.refuse,
                 on_step=bar.say,
@@ -150,7 +151,7 @@ def run(args: argparse.Namespace) -> int:
         [_summary(fitted, args.over), *notes],
         [plot.inline(figure)],
         [page.table(name, cells) for name, cells in tables.items()],
-        environment={**details(device, dtype), "roofline": peaks.describe()},
+        environment={**details(device, dtype), "time": meter.clock, "roofline": peaks.describe()},
         command=command_line(sys.argv[1:]),
         legend=f"{setup}, at the largest size. {LEGEND}",
     )
