@@ -276,7 +276,7 @@ def _turn(run: Run, meter: Meter) -> float:
 
 
 def _settled(samples: Mapping[str, Sequence[float]], base: str | None, failed: Collection[str]) -> bool:
-    if base not in samples or base in failed:
+    if base is None or base not in samples or base in failed:
         return False
     others = (series for name, series in samples.items() if name != base and name not in failed)
     return all(ratio(series, samples[base]).uncertainty <= PRECISION for series in others)

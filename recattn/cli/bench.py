@@ -123,12 +123,12 @@ def run(args: argparse.Namespace) -> int:
         command = command_line(sys.argv[1:])
         history.append(log, measured, command=command, commit=commit(), machine=machine(device))
     if args.output is not None:
-        found = {**details(device, dtype), "time": meter.clock, "roofline": peaks.describe()}
-        _write(args.output, heading, sections, found)
+        known = {**details(device, dtype), "time": meter.clock, "roofline": peaks.describe()}
+        _write(args.output, heading, sections, known)
     return int(any(m.error for m in measured if m.provider == "recattn"))
 
 
-def _write(folder: Path, heading: str, sections: list[Section], found: dict[str, str]) -> None:
+def _write(folder: Path, heading: str, sections: list[Section], known: dict[str, str]) -> None:
     """The files of `--output`."""
     measured: list[Measurement] = [m for section in sections for m in section.measured]
     write_json(folder / "bench.json", report.records(measured))
@@ -146,7 +146,7 @@ def _write(folder: Path, heading: str, sections: list[Section], found: dict[str,
         [summary],
         pictures,
         [page.section(section) for section in sections],
-        environment=found,
+        environment=known,
         command=command_line(sys.argv[1:]),
         legend=report.LEGEND,
     )
