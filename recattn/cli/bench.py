@@ -86,7 +86,7 @@ def run(args: argparse.Namespace) -> int:
     earlier = history.read(args.compare) if args.compare else []
     setting = Setting(device, dtype, read_log(args.data))
     modes = args.mode or [mode for mode in MODES if mode != "forward"]
-    budget, rounds = (4.0, (7, 60)) if args.quick else (15.0, (9, 200))
+    budget, rounds = (4.0, (5, 60)) if args.quick else (15.0, (9, 200))
     heading = f"{environment(device, dtype)}, data: {args.data}, {meter.clock}"
     sections = []
     with progress(len(cases)) as bar:

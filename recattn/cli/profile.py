@@ -122,6 +122,8 @@ def run(args: argparse.Namespace) -> int:
             bar.end()
         fitted = scaling.curves(measured)
         notes = [*scaling.crossovers(fitted, axis.letter), *scaling.ends(measured, axis.letter)]
+        if limit is not None and args.over != "fill":
+            notes += scaling.reaches(fitted, limit, axis.letter)
         tables = {
             f"{mode}: {label}": scaling.cells(mode, field, measured, fitted, axis.letter)
             for mode in args.mode
