@@ -6,7 +6,7 @@ import torch
 
 from recattn import cli
 from recattn.bench import plot
-from recattn.bench.cases import SWEPT
+from recattn.bench.cases import CASES, SWEPT
 from recattn.bench.measure import Measurement
 from recattn.bench.scaling import AXES, Curve, at, cells, crossovers, curves, ends, fit_exponent, reaches
 from recattn.cli.profile import Guard
@@ -98,6 +98,14 @@ def test_where_memory_ends_is_told_by_its_growth():
     ]
 
 
+def test_every_provider_has_a_style_of_its_own_and_a_long_title_has_several_lines():
+    assert {name for case in CASES for name in case.providers} <= set(plot.STYLES)
+    assert len(set(plot.STYLES.values())) == len(plot.STYLES)
+    curve = Curve("recattn", "forward", (16, 32), (1.0, 2.0), (1000, 2000))
+    figure = plot.scaling([curve], AXES["length"], "word " * 60 + "\nend", {})
+    assert 3 <= len(figure.get_suptitle().splitlines()) <= 6
+
+
 @pytest.mark.parametrize("op", SWEPT)
 def test_every_operator_has_axes_and_names_those_that_it_has_not(op: str):
     for over in AXES:
@@ -120,6 +128,8 @@ def test_a_picture_of_any_provider_is_written_and_goes_into_a_page(tmp_path: Pat
     inline = plot.inline(figure)
     assert inline.startswith("<svg")
     assert "currentColor" in inline
+    assert "max-width" in inline.partition(">")[0]
+    assert 'width="' not in inline.partition(">")[0].replace("stroke-width", "")
     with pytest.raises(ValueError, match="curves: expected at least one"):
         plot.scaling([], AXES["length"], "title", {})
 

@@ -17,8 +17,8 @@ STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--page); margin: 2rem auto;
        max-width: 78rem; padding: 0 1rem }
 h1 { font-size: 1.5rem } h2 { font-size: 1.1rem; margin-top: 2.5rem } .summary { font-size: 1.1rem }
-.dim, .legend { color: var(--dim) } code, pre { font: 13px/1.5 ui-monospace, monospace } pre { overflow-x: auto }
-.scroll { overflow-x: auto } figure { margin: 1rem 0 } svg { max-width: 100%; height: auto }
+.dim, .legend { color: var(--dim) } code, pre { font: 13px/1.5 ui-monospace, monospace } pre { white-space: pre-wrap }
+.scroll { overflow-x: auto } figure { margin: 1rem 0 } svg { height: auto }
 table { border-collapse: collapse; font-size: 13px; font-variant-numeric: tabular-nums }
 th, td { padding: .18rem .7rem; text-align: right; white-space: nowrap }
 thead th { border-bottom: 1px solid var(--line) }

@@ -144,8 +144,8 @@ def summary(measured: Sequence[Measurement]) -> str:
         if factor < 1
     ]
     text = (
-        f"Against the fastest other provider recattn takes 1/{middle:.2g} of the time in the geometric mean over"
-        f" {len(factors)} cases and modes, and is from {factors[0]:.2g}× to {factors[-1]:.2g}× as fast."
+        f"Against the fastest other provider recattn is {middle:.2g}× as fast in the geometric mean over"
+        f" {len(factors)} cases and modes, from {factors[0]:.2g}× to {factors[-1]:.2g}×."
     )
     if not lost:
         return f"{text} It is slower in none."
