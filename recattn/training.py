@@ -27,6 +27,7 @@ class Curve:
     """One figure per epoch of each."""
 
     loss: list[float] = field(default_factory=list)
+    label_loss: list[float] = field(default_factory=list)
     auc: list[float] = field(default_factory=list)
     gauc: list[float] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
@@ -57,10 +58,10 @@ def train_side_by_side(
         progress: called after each turn with the epoch and how many batches it trained on.
 
     Returns:
-        A curve per model. `loss` is the mean over the epoch's training examples, as they were met; `auc` and
-        `gauc` are of the test part after the epoch. `seconds` is the time in forward, backward and optimizer
-        steps, so it is without the assembling of batches, which are shared, and the test. `peak_bytes` is the
-        most that a turn took on top of what was held before it: see `PeakMemory`.
+        A curve per model. `loss` is the mean over the epoch's training examples, as they were met, and `label_loss`
+        that without auxiliary terms; `auc` and `gauc` are of the test part after the epoch. `seconds` is the time in
+        forward, backward and optimizer steps, so it is without the assembling of batches, which are shared, and the
+        test. `peak_bytes` is the most that a turn took on top of what was held before it: see `PeakMemory`.
 
     Raises:
         ValueError: for fewer than one epoch.
@@ -108,21 +109,23 @@ class _Run:
         self._start_epoch()
 
     def _start_epoch(self) -> None:
-        self.loss, self.examples, self.seconds, self.peak = 0.0, 0, 0.0, 0
+        self.loss, self.label_loss, self.examples, self.seconds, self.peak = 0.0, 0.0, 0, 0.0, 0
 
     def turn(self, batches: list[Batch]) -> None:
         self.model.train()
-        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        sums = torch.zeros(2, dtype=torch.float64, device=self.device)
         with self.memory.measured():
             begin = time.perf_counter()
             for batch in batches:
-                loss = self.model.loss(batch)
+                losses = self.model.losses(batch)
                 self.optimizer.zero_grad()
-                loss.backward()
+                losses.total.backward()
                 self.optimizer.step()
-                total += loss.detach() * batch.size
-            self.loss += float(total)  # waits for the device
+                sums += torch.stack(losses).detach() * batch.size
+            total, of_labels = sums.tolist()  # waits for the device
             self.seconds += time.perf_counter() - begin
+        self.loss += total
+        self.label_loss += of_labels
         self.optimizer.zero_grad()
         self.examples += sum(batch.size for batch in batches)
         self.peak = max(self.peak, self.memory.peak or 0)
@@ -130,6 +133,7 @@ class _Run:
     def finish_epoch(self, test: Examples, batch_size: int) -> None:
         scores = predict(self.model, test, batch_size, self.device)
         self.curve.loss.append(self.loss / self.examples)
+        self.curve.label_loss.append(self.label_loss / self.examples)
         self.curve.auc.append(auc(test.label, scores))
         self.curve.gauc.append(grouped_auc(test.label, scores, test.user))
         self.curve.seconds.append(self.seconds)

@@ -7,13 +7,15 @@ from dataclasses import replace
 import pytest
 import torch
 
-from recattn.bench import report
-from recattn.bench.cases import CASES, OPERATORS, SWEPT, check_providers, select_cases
+from recattn.bench import peers, report
+from recattn.bench.cases import CASES, OPERATORS, SWEPT, check_providers, default_providers, select_cases
 from recattn.bench.histories import SCALED_LOG
 from recattn.bench.measure import RECORD, Inaccurate, measure, verified
-from recattn.bench.task import Case, Prepared, Setting, Task
+from recattn.bench.roofline import Peaks
+from recattn.bench.task import Case, Prepared, Setting, Task, Work
 from recattn.bench.tasks import activation_unit
 from recattn.bench.tasks.activation_unit import ActivationUnit, make_inputs
+from recattn.bench.tasks.attentional_gru import AttentionalGRU
 from recattn.bench.timing import HostMeter
 from recattn.data import Interactions
 
@@ -163,8 +165,8 @@ def first_of_each_kind() -> list[Case]:
 
 @pytest.mark.parametrize("case", first_of_each_kind(), ids=lambda case: case.name)
 def test_providers_agree_with_the_reference_in_every_mode(case: Case):
-    pytest.importorskip("deepctr_torch.layers")
-    names = [name for name in case.providers if not name.startswith(("compile", "fbgemm"))]
+    offered = default_providers(case, quick=True)
+    names = [name for name in offered if not name.startswith(("compile", "fbgemm"))]
     measured = measure(case.task(DOUBLE), HostMeter(), providers=names, **QUICK)
     assert {m.mode for m in measured} == set(case.modes)
     for m in measured:
@@ -182,6 +184,56 @@ def test_compiled_providers_agree_with_the_reference(case: Case):
     names = [name for name in case.providers if name.startswith("compile")]
     for m in measure(case.task(DOUBLE), HostMeter(), providers=names, **QUICK):
         assert m.error is None or "NotImplementedError" in m.error, m
+
+
+def test_a_layer_that_knows_no_padding_agrees_where_there_is_none_and_else_says_so():
+    pytest.importorskip("torch_rechub")
+    for case, agrees in (
+        (TINY, False),
+        (replace(TINY, lengths="equal"), True),
+        (replace(TINY, lengths="equal", candidates=3), True),
+        (replace(TINY, lengths="uniform", normalize="none"), True),  # where items of zeros add nothing
+    ):
+        for m in measure(case.task(DOUBLE), HostMeter(), providers=["torch_rechub"], **QUICK):
+            if agrees:
+                assert m.deviation is not None
+                assert m.deviation < 1e-12, m
+            else:
+                assert "it has no mask" in str(m.error), m
+
+
+@pytest.mark.parametrize("kind", ["agru", "augru"])
+def test_a_recurrence_whose_states_are_float32_agrees_in_float32(kind: str):
+    pytest.importorskip("fuxictr")
+    case = shrunk(AttentionalGRU("tiny", kind=kind))
+    rows = measure(case.task(CPU), HostMeter(), providers=["fuxictr"], **QUICK)
+    assert [m.error for m in rows] == [None] * 3
+    assert all(m.deviation is not None and m.deviation < 1e-6 for m in rows)
+
+
+def test_libraries_without_a_layer_of_a_kind_have_no_row():
+    providers = {kind: set(AttentionalGRU("a", kind=kind).providers) for kind in ("gru", "aigru", "augru")}
+    assert "torch_gru" in providers["gru"]
+    assert not {"recbole", "fuxictr", "deepctr_torch"} & (providers["gru"] | providers["aigru"])
+    assert {"recbole", "fuxictr", "deepctr_torch"} <= providers["augru"]
+    assert "torch_gru" not in providers["augru"] | providers["aigru"]
+
+
+def test_libraries_that_are_not_installed_are_left_out_without_importing_any(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(peers, "PROVIDERS", ("fuxictr", "recbole", "torch_easy_rec"))
+    monkeypatch.setitem(peers.MODULES, "recbole", "no_such_library")
+    monkeypatch.setitem(peers.MODULES, "torch_easy_rec", "json")  # which is there
+    monkeypatch.setitem(peers.MODULES, "fuxictr", "antigravity_and_more")
+    names = default_providers(TINY, quick=False)
+    assert not {"fuxictr", "recbole"} & set(names)
+    assert {"recattn", "eager", "torch_easy_rec", "torch_rechub"} <= set(names)
+
+
+def test_a_quick_run_compiles_no_whole_model():
+    model = next(case for case in CASES if case.op == "model")
+    assert "compile" not in default_providers(model, quick=True)
+    assert "compile" in default_providers(model, quick=False)
+    assert "compile" in default_providers(TINY, quick=True)
 
 
 def test_fbgemm_agrees_with_the_reference():
@@ -274,20 +326,24 @@ def test_a_provider_that_fails_or_is_wrong_gets_an_error_and_the_others_figures(
 
 def test_times_are_compared_round_by_round():
     class Meter(HostMeter):
-        """The machine gets slower from call to call; the first of a round takes 1, the second 3 times as long."""
+        """The machine gets ten times slower from round to round; the second provider takes 3 times as long."""
 
         calls = 0
 
         def milliseconds(self, run):
             run()
             self.calls += 1
-            return 10.0 ** (self.calls // 2) * (1, 3)[self.calls % 2]
+            factor = (1, 3, 3, 1)[(self.calls - 1) % 4]  # there and back
+            return 10.0 ** ((self.calls + 1) // 2) * factor
 
     task = task_with(recattn=activation_unit.recattn, eager=activation_unit.eager)
-    measured = measure(task, Meter(), modes=["inference"], budget=0, rounds=(4, 4))
+    peaks = Peaks(1e9, 1e9, "made up")
+    measured = measure(task, Meter(), modes=["inference"], budget=0, rounds=(4, 4), peaks=peaks)
     own, eager = measured
-    assert (own.relative, eager.relative) == (1.0, pytest.approx(10 / 3))
+    assert (own.relative, eager.relative) == (1.0, pytest.approx(3))
+    assert (eager.relative_low, eager.relative_high) == (pytest.approx(3), pytest.approx(3))
     assert report.speedups(measured) == [(own, eager, eager.relative)]
+    assert own.roofline == pytest.approx(peaks.ms(Work(own.bytes, own.flops)) / own.ms)
 
 
 def test_what_is_refused_is_not_run_and_says_why():

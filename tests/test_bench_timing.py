@@ -1,3 +1,5 @@
+import random
+import statistics
 import time
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -7,38 +9,113 @@ import pytest
 import torch
 
 from recattn.bench.timing import (
+    PRECISION,
     AcceleratorMeter,
     HostMeter,
+    Ratio,
     Timing,
     describe,
     interleave,
     is_out_of_memory,
     meter_for,
+    ratio,
 )
 
 
 class ScriptedMeter:
-    """Runs the call and returns 1, 2, 3, ... milliseconds."""
+    """Runs the call and returns a number of milliseconds that grows from call to call."""
 
-    def __init__(self) -> None:
-        self.timed = 0
+    clock = "made up"
+
+    def __init__(self, first: float = 1.0, step: float = 1.0) -> None:
+        self.timed, self.first, self.step = 0, first, step
 
     def milliseconds(self, run: Callable[[], object]) -> float:
         run()
         self.timed += 1
-        return float(self.timed)
+        return self.first + (self.timed - 1) * self.step
 
     def peak_bytes(self, run: Callable[[], object]) -> int:
         run()
         return 7
 
 
-def test_calls_take_turns_and_the_first_of_each_turn_is_not_timed():
+class Steady:
+    """A call takes as many milliseconds as it returns."""
+
+    clock = "made up"
+
+    def milliseconds(self, run: Callable[[], float]) -> float:
+        return run()
+
+
+class Noisy:
+    """A machine on which a call takes as long as it says, in milliseconds, but for what else the machine does."""
+
+    clock = "made up"
+
+    def __init__(self, *, seed: int = 0) -> None:
+        self.random = random.Random(seed)
+        self.calls = 0
+
+    def milliseconds(self, run: Callable[[], float]) -> float:
+        """Slower by up to a third for some hundred calls at a time, by a few percent from call to call, and every
+        tenth call three times as slow."""
+        self.calls += 1
+        phase = 1 + 0.33 * (self.calls // 150 % 2)
+        outlier = 3.0 if self.random.random() < 0.1 else 1.0
+        return run() * phase * outlier * self.random.lognormvariate(0, 0.05)
+
+
+def test_calls_take_turns_there_and_back_and_the_first_of_each_turn_is_not_timed():
     order: list[str] = []
     runs = {name: lambda name=name: order.append(name) for name in "ab"}
-    timings = interleave(runs, ScriptedMeter(), budget=0, rounds=(2, 2))
-    assert "".join(order) == "aabbaabb"
-    assert timings == {"a": Timing((1.0, 3.0)), "b": Timing((2.0, 4.0))}
+    meter = ScriptedMeter(10.0)
+    timings = interleave(runs, meter, budget=0, rounds=(2, 2))
+    assert "".join(order) == "aabbbbaa"
+    assert timings == {"a": Timing((10.0, 13.0)), "b": Timing((11.0, 12.0))}
+
+
+def test_a_turn_of_short_calls_has_several_and_their_median_counts():
+    timings = interleave({"a": lambda: None}, ScriptedMeter(), budget=0, rounds=(1, 1))
+    assert timings == {"a": Timing((2.0,))}  # of 1, 2 and 3 ms, which are 5 ms or more together
+    brief = ScriptedMeter(0.0, step=0.01)
+    timings = interleave({"a": lambda: None}, brief, budget=0, rounds=(1, 1))
+    assert brief.timed == 5
+    assert timings["a"].ms == pytest.approx(0.02)
+
+
+def test_a_ratio_is_the_median_over_rounds_and_known_as_well_as_they_agree():
+    assert ratio([2.0, 40.0, 6.0], [1.0, 10.0, 2.0]) == Ratio(2.0, 3.0, 4.0)
+    own = [float(n) for n in range(1, 101)]  # the machine gets slower
+    other = [3 * t * (1 + 0.001 * (n % 5 - 2)) for n, t in enumerate(own)]
+    assert ratio(other, own).middle == pytest.approx(3.0)
+    assert ratio(other, own).uncertainty < 0.002
+    spoiled = [10 * t if n % 3 == 0 else t for n, t in enumerate(other)]
+    assert ratio(spoiled, own).middle == pytest.approx(3.0, rel=0.01)
+
+
+def test_rounds_end_once_all_ratios_are_known_or_the_budget_is_spent():
+    fast, slow = (lambda: 6.0), (lambda: 18.0)
+    timings = interleave({"own": fast, "other": slow}, Steady(), budget=60, rounds=(4, 500), base="own")
+    assert len(timings["own"].samples) == 4
+    meter = Noisy()
+    timings = interleave({"own": fast, "other": slow}, meter, budget=60, rounds=(4, 2000), base="own")
+    assert 10 < len(timings["own"].samples) < 1000
+    assert ratio(timings["other"].samples, timings["own"].samples).uncertainty <= PRECISION
+    alone = interleave({"other": slow}, Steady(), budget=60, rounds=(4, 30), base="own")
+    assert len(alone["other"].samples) == 30
+
+
+def test_two_runs_on_a_noisy_machine_agree_to_within_a_tenth():
+    calls = {"own": lambda: 4.0, "a": lambda: 6.5, "b": lambda: 60.0, "c": lambda: 9.0}
+    factors = []
+    for seed in range(20):
+        timings = interleave(calls, Noisy(seed=seed), budget=60, rounds=(7, 60), base="own")
+        factors.append([ratio(timings[name].samples, timings["own"].samples).middle for name in "abc"])
+    for expected, found in zip((1.625, 15.0, 2.25), zip(*factors, strict=True), strict=True):
+        assert max(found) / min(found) < 1.1
+        assert statistics.median(found) == pytest.approx(expected, rel=0.02)
 
 
 @pytest.mark.parametrize(("budget", "rounds"), [(0.0, 3), (60.0, 5)])
@@ -49,7 +126,7 @@ def test_rounds_stay_within_their_bounds_whatever_the_budget(budget: float, roun
 
 
 def test_no_round_begins_after_the_budget():
-    timings = interleave({"a": lambda: time.sleep(0.02)}, ScriptedMeter(), budget=0.1, rounds=(1, 1000))
+    timings = interleave({"a": lambda: time.sleep(0.02)}, ScriptedMeter(9), budget=0.1, rounds=(1, 1000))
     assert isinstance(timings["a"], Timing)
     assert 1 <= len(timings["a"].samples) <= 3
 
@@ -64,7 +141,7 @@ def test_a_call_that_raises_drops_out_in_words_and_the_others_go_on():
             raise MemoryError("no room\nfor more")
 
     timings = interleave(
-        {"bad": third_time_fails, "good": lambda: None}, ScriptedMeter(), budget=0, rounds=(4, 4)
+        {"bad": third_time_fails, "good": lambda: None}, ScriptedMeter(9), budget=0, rounds=(4, 4)
     )
     assert timings["bad"] == "MemoryError: no room"
     assert isinstance(timings["good"], Timing)
@@ -77,8 +154,33 @@ def test_median_and_percentiles_interpolate_between_samples():
     assert (timing.ms, timing.percentile(20), timing.percentile(80)) == pytest.approx((3.0, 1.8, 4.2))
 
 
-def test_host_time_is_that_of_the_call():
-    assert 20 <= HostMeter().milliseconds(lambda: time.sleep(0.02)) < 2000
+@pytest.fixture
+def threads():
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def spin(seconds: float) -> None:
+    begin = time.thread_time()
+    while time.thread_time() - begin < seconds:
+        pass
+
+
+def test_host_time_of_one_thread_is_what_it_had_of_a_core(threads):
+    threads(1)
+    meter = HostMeter()
+    assert meter.milliseconds(lambda: time.sleep(0.05)) < 25
+    assert 20 <= meter.milliseconds(lambda: spin(0.02)) < 40
+    assert meter.first_milliseconds(lambda: time.sleep(0.02)) >= 20
+    assert "CPU time" in meter.clock
+
+
+def test_host_time_of_several_threads_is_that_on_a_clock(threads):
+    threads(2)
+    meter = HostMeter()
+    assert 20 <= meter.milliseconds(lambda: time.sleep(0.02)) < 2000
+    assert "on a clock" in meter.clock
 
 
 def test_host_peak_is_the_most_alive_at_once_over_what_was_alive_before():
@@ -191,6 +293,8 @@ def test_device_time_is_between_two_events_around_the_call_with_nothing_else_und
     meter = AcceleratorMeter(torch.device("cuda"), runtime=runtime)
     assert meter.milliseconds(runtime.call) == 3.0
     assert runtime.log == ["synchronize", "record", "call", "record", "wait"]
+    assert meter.first_milliseconds(runtime.call) == 3.0
+    assert "device" in meter.clock
 
 
 def test_device_memory_is_the_peak_over_what_was_there_before():

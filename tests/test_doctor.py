@@ -1,5 +1,6 @@
 """`recattn doctor`: faults are found, and each comes with a cure."""
 
+import re
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -22,9 +23,24 @@ def test_a_sound_machine_gets_a_report_and_status_0() -> None:
     code = "import sys; from recattn.cli import main; sys.exit(main(['doctor']))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout
-    assert f"torch             {torch.__version__}" in result.stdout
+    assert re.search(rf"^ok +torch +{re.escape(torch.__version__)}$", result.stdout, re.MULTILINE)
     assert "PyTorch operations" in result.stdout
     assert "FAULT" not in result.stdout
+
+
+OPERATORS = ("activation_unit", "target_attention", "self_attention", "attentional_gru", "pairwise_pool")
+
+
+def test_each_operator_says_what_it_runs_on_each_device_and_why() -> None:
+    on_cpu = {finding.name.strip(): finding.found for finding in doctor.operators("cpu")}
+    assert tuple(on_cpu) == OPERATORS
+    assert set(on_cpu.values()) == {"PyTorch operations (not on a GPU)"}
+    on_gpu = {finding.name.strip(): finding.found for finding in doctor.operators("cuda")}
+    assert tuple(on_gpu) == tuple(f"{op}, {dtype}" for op in OPERATORS for dtype in ("float32", "bfloat16"))
+    assert all("kernels (" in found for found in on_gpu.values())
+    assert "short histories: the packed kernels" in on_gpu["activation_unit, bfloat16"]
+    listed = [finding.name.strip() for finding in doctor.devices()]
+    assert listed[: 1 + len(OPERATORS)] == ["cpu", *OPERATORS]
 
 
 def test_a_fault_gives_status_1_and_its_cure(

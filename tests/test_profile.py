@@ -6,9 +6,9 @@ import torch
 
 from recattn import cli
 from recattn.bench import plot
-from recattn.bench.cases import SWEPT
+from recattn.bench.cases import CASES, SWEPT
 from recattn.bench.measure import Measurement
-from recattn.bench.scaling import AXES, Curve, at, cells, crossovers, curves, ends, fit_exponent
+from recattn.bench.scaling import AXES, Curve, at, cells, crossovers, curves, ends, fit_exponent, reaches
 from recattn.cli.profile import Guard
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -84,6 +84,28 @@ def test_what_would_take_too_much_memory_is_refused_by_its_growth():
     assert Curve("eager", "forward", (100,), (1.0,), (50,)).forecast_bytes(200) == 100
 
 
+def test_where_memory_ends_is_told_by_its_growth():
+    square = Curve("eager", "forward", (100, 200), (1.0, 1.0), (2**28, 2**30))
+    flat = Curve("recattn", "forward", (100, 200), (1.0, 1.0), (1000, 1001))
+    twice = Curve(
+        "twice", "forward", (100, 200), (1.0, 1.0), (2**29 + 2**28, 2**30)
+    )  # at least in proportion
+    once = Curve("sdpa", "forward", (100,), (1.0,), (1000,))
+    assert square.size_of_bytes(2**32) == pytest.approx(400)
+    assert flat.size_of_bytes(2**32) is None
+    assert reaches([square, flat, once, twice], 2**32, "L") == [
+        "forward: by its growth memory comes to 4 GiB at about L=400 (eager), 800 (twice)"
+    ]
+
+
+def test_every_provider_has_a_style_of_its_own_and_a_long_title_has_several_lines():
+    assert {name for case in CASES for name in case.providers} <= set(plot.STYLES)
+    assert len(set(plot.STYLES.values())) == len(plot.STYLES)
+    curve = Curve("recattn", "forward", (16, 32), (1.0, 2.0), (1000, 2000))
+    figure = plot.scaling([curve], AXES["length"], "word " * 60 + "\nend", {})
+    assert 3 <= len(figure.get_suptitle().splitlines()) <= 6
+
+
 @pytest.mark.parametrize("op", SWEPT)
 def test_every_operator_has_axes_and_names_those_that_it_has_not(op: str):
     for over in AXES:
@@ -106,6 +128,8 @@ def test_a_picture_of_any_provider_is_written_and_goes_into_a_page(tmp_path: Pat
     inline = plot.inline(figure)
     assert inline.startswith("<svg")
     assert "currentColor" in inline
+    assert "max-width" in inline.partition(">")[0]
+    assert 'width="' not in inline.partition(">")[0].replace("stroke-width", "")
     with pytest.raises(ValueError, match="curves: expected at least one"):
         plot.scaling([], AXES["length"], "title", {})
 
@@ -150,7 +174,7 @@ def test_profile_varies_any_size_of_any_operator(op: str, over: str, sizes: list
     assert cli.main(["profile", *options, "--provider", "recattn", "eager", "--output", str(tmp_path)]) == 0
     content = json.loads((tmp_path / f"profile-{op}-{over}.json").read_text())
     assert [r["error"] for r in content["records"]] == [None] * 4
-    assert len(content["findings"]) == 1
+    assert sum("inference: eager is" in line for line in content["findings"]) == 1
 
 
 def test_profile_stops_a_provider_at_the_limit_of_memory(tmp_path: Path):

@@ -15,7 +15,7 @@ from recattn.models import DIN
 from recattn.training import Curve, PeakMemory, predict, train_side_by_side
 
 CPU = torch.device("cpu")
-FIGURES = {"loss", "auc", "gauc", "seconds", "peak_bytes"}
+FIGURES = {"loss", "label_loss", "auc", "gauc", "seconds", "peak_bytes"}
 
 
 @pytest.fixture
@@ -57,6 +57,19 @@ def test_it_trains_both_and_reports_a_figure_per_epoch(
     out = " ".join(capsys.readouterr().out.split())
     assert "fused" in out
     assert "The curves agree" in out
+
+
+def test_the_loss_of_the_labels_stands_apart_where_there_is_another(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one = [option if option != "2" else "1" for option in command(folder)]
+    assert main([*one, "--model", "dien", "din", "--json", str(folder / "out.json")]) == 0
+    dien, din = json.loads((folder / "out.json").read_text())
+    for layers in ("fused", "eager"):
+        assert din[layers]["label_loss"] == din[layers]["loss"]
+        assert 0.3 < dien[layers]["label_loss"][0] < 1 < dien[layers]["loss"][0]
+    assert dien["fused"]["label_loss"] == pytest.approx(dien["eager"]["label_loss"], rel=1e-3)
+    assert capsys.readouterr().out.count("of labels") == 1
 
 
 def test_several_models_end_in_one_table(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from recattn.bench.peers import is_missing
 from recattn.bench.task import Case
 from recattn.bench.tasks import (
     activation_unit,
@@ -59,3 +60,10 @@ def check_providers(names: Sequence[str] | None, cases: Sequence[Case]) -> None:
     for name in names or ():
         if name not in known:
             raise ValueError(f"provider: expected some of {', '.join(known)}, got {name!r}")
+
+
+def default_providers(case: Case, *, quick: bool) -> list[str]:
+    """Those that are measured if none are asked for: without libraries that are not installed, and in a quick run
+    without what takes a minute to compile."""
+    slow = {"compile"} if quick and case.op == models.Model.op else set()
+    return [name for name in case.providers if name not in slow and not is_missing(name)]

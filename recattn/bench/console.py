@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from recattn.bench.measure import Measurement
 from recattn.data import Interactions, fetch_movielens, read_movielens
 
 if TYPE_CHECKING:
@@ -122,11 +121,6 @@ def progress(total: int) -> Iterator[Steps]:
 def missing_extra(error: ModuleNotFoundError) -> RuntimeError:
     """What to say where a package of the extra `bench` is missing."""
     return RuntimeError(f'{error}; pip install "recattn[bench]" brings it')
-
-
-def write_records(path: Path, measured: Sequence[Measurement]) -> None:
-    """The measurements as a JSON list of `Measurement.record()`."""
-    write_json(path, [m.record() for m in measured])
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 
 from recattn.bench.libraries import LIBRARIES, Example, Sizes
 from recattn.bench.report import mebibytes, milliseconds
-from recattn.bench.timing import Meter, Timing, interleave
+from recattn.bench.timing import Meter, Timing, interleave, ratio
 from recattn.swap import Report, fuse
 
 if TYPE_CHECKING:
@@ -69,13 +68,13 @@ def compare(
         pairs = zip(*(differing(example, m) for m in models.values()), strict=True)
         difference = max(_relative(a, b) for a, b in pairs)
         runs = {name: _run(example, m, mode) for name, m in models.items()}
-        timings = interleave(runs, meter, budget=budget, rounds=rounds)
+        timings = interleave(runs, meter, budget=budget, rounds=rounds, base="fused")
         own, fused = timings["own"], timings["fused"]
         if not isinstance(own, Timing) or not isinstance(fused, Timing):
             raise RuntimeError(f"{library} {model}, {mode}: {own if isinstance(own, str) else fused}")
-        ratio = statistics.median(a / b for a, b in zip(own.samples, fused.samples, strict=True))
+        faster_by = ratio(own.samples, fused.samples).middle
         peaks = [meter.peak_bytes(run) for run in runs.values()]
-        result.append(Comparison(model, mode, own.ms, fused.ms, ratio, peaks[0], peaks[1], difference))
+        result.append(Comparison(model, mode, own.ms, fused.ms, faster_by, peaks[0], peaks[1], difference))
     return report, result
 
 

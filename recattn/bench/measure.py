@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -11,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from recattn.bench.task import Prepared, Task, name_of
-from recattn.bench.timing import Meter, Run, Timing, describe, interleave, is_out_of_memory
+from recattn.bench.roofline import Peaks
+from recattn.bench.task import Prepared, Task, Work, name_of
+from recattn.bench.timing import Meter, Run, Timing, describe, interleave, is_out_of_memory, ratio
 
 OWN = "recattn"
 # How far a result may be from the float64 reference, relative to its largest element: about twice what eager
@@ -44,9 +44,9 @@ class Measurement:
         error: why there are no figures.
         first_ms: the time of the first call, which compiles what is compiled.
         deviation: the error against the float64 reference, relative to the largest element.
-        relative: how many times as long as recattn's its calls take, the median over rounds. Whatever else the machine
-            did in a round fell on both, so this is steadier than the ratio of medians.
+        relative, relative_low, relative_high: how many times as long as recattn's its calls take, see `timing.Ratio`.
         bytes, flops: what the pass has to move and to compute at least, whoever does.
+        roofline: the least time that the device needs for that, over the time taken.
     """
 
     op: str
@@ -63,8 +63,11 @@ class Measurement:
     first_ms: float | None = None
     deviation: float | None = None
     relative: float | None = None
+    relative_low: float | None = None
+    relative_high: float | None = None
     bytes: float | None = None
     flops: float | None = None
+    roofline: float | None = None
 
     def record(self) -> dict[str, Any]:
         """What goes into a file of results."""
@@ -84,6 +87,7 @@ def measure(
     modes: Sequence[str] | None = None,
     budget: float = 10.0,
     rounds: tuple[int, int] = (5, 200),
+    peaks: Peaks | None = None,
     check: bool = True,
     refuse: Callable[[str, str], str | None] = lambda provider, mode: None,
     on_step: Callable[[str], None] = lambda _: None,
@@ -96,7 +100,8 @@ def measure(
     Args:
         providers, modes: some of them; those that the task does not have are left out.
         budget: seconds of timed rounds per mode.
-        rounds: at least and at most so many timed rounds.
+        rounds: at least and at most so many timed rounds; fewer than they could be once ratios to recattn are known.
+        peaks: of the device, for the share of its roofline.
         check: whether to compare results, which for a huge case takes more than timing it.
         refuse: says of a provider in a mode why not to run it, if so.
         on_step: called with what comes next, in words.
@@ -131,9 +136,9 @@ def measure(
                     meter.recover()
                 rows[name] = replace(row, error=describe(error))
         on_step(f"{mode}, timing")
-        timings = interleave(runs, meter, budget=budget, rounds=rounds)
+        timings = interleave(runs, meter, budget=budget, rounds=rounds, base=OWN)
         for name, timing in timings.items():
-            rows[name] = _timed(rows[name], timing, timings.get(OWN))
+            rows[name] = _timed(rows[name], timing, timings.get(OWN), peaks)
         measured += rows.values()
     return measured
 
@@ -158,7 +163,7 @@ def _prove(
     """The first call, which must be right, and the memory of the next; and what to time."""
     deviation = None
     results: list[list[Tensor]] = []
-    first_ms = meter.milliseconds(lambda: results.append(prepared.result(mode)))
+    first_ms = meter.first_milliseconds(lambda: results.append(prepared.result(mode)))
     if expected is not None:
         deviation = verified(results[0], expected, task)
     results.clear()
@@ -195,12 +200,22 @@ def _deviation(got: Tensor, want: Tensor, kinked: bool) -> float:
     return float(errors.kthvalue(count).values / want.abs().max().clamp_min(torch.finfo(want.dtype).tiny))
 
 
-def _timed(row: Measurement, timing: Timing | str, own: Timing | str | None) -> Measurement:
+def _timed(
+    row: Measurement, timing: Timing | str, own: Timing | str | None, peaks: Peaks | None
+) -> Measurement:
     if isinstance(timing, str):
         return replace(row, peak_bytes=None, error=timing)
-    relative = None
-    if isinstance(own, Timing):
-        relative = statistics.median(a / b for a, b in zip(timing.samples, own.samples, strict=True))
+    low, middle, high = ratio(timing.samples, own.samples) if isinstance(own, Timing) else (None, None, None)
+    share = None
+    if peaks is not None and row.bytes is not None and row.flops is not None:
+        share = peaks.share(Work(row.bytes, row.flops), timing.ms)
     return replace(
-        row, ms=timing.ms, ms_p20=timing.percentile(20), ms_p80=timing.percentile(80), relative=relative
+        row,
+        ms=timing.ms,
+        ms_p20=timing.percentile(20),
+        ms_p80=timing.percentile(80),
+        relative=middle,
+        relative_low=low,
+        relative_high=high,
+        roofline=share,
     )

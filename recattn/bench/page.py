@@ -7,7 +7,6 @@ from html import escape
 from itertools import groupby
 
 from recattn.bench.report import COLUMNS, LEFT, Section, failures, rows
-from recattn.bench.roofline import Peaks
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1f2937; --page: #ffffff; --dim: #5b6472; --line: #d5dae1; --own: #e8f2fa;
@@ -18,8 +17,8 @@ STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--page); margin: 2rem auto;
        max-width: 78rem; padding: 0 1rem }
 h1 { font-size: 1.5rem } h2 { font-size: 1.1rem; margin-top: 2.5rem } .summary { font-size: 1.1rem }
-.dim, .legend { color: var(--dim) } code, pre { font: 13px/1.5 ui-monospace, monospace } pre { overflow-x: auto }
-.scroll { overflow-x: auto } figure { margin: 1rem 0 } svg { max-width: 100%; height: auto }
+.dim, .legend { color: var(--dim) } code, pre { font: 13px/1.5 ui-monospace, monospace } pre { white-space: pre-wrap }
+.scroll { overflow-x: auto } figure { margin: 1rem 0 } svg { height: auto }
 table { border-collapse: collapse; font-size: 13px; font-variant-numeric: tabular-nums }
 th, td { padding: .18rem .7rem; text-align: right; white-space: nowrap }
 thead th { border-bottom: 1px solid var(--line) }
@@ -74,13 +73,13 @@ def page(
 """
 
 
-def section(content: Section, peaks: Peaks | None) -> str:
+def section(content: Section) -> str:
     """One case of `recattn bench`."""
     head = "".join(f"<th{_left(column)}>{escape(column)}</th>" for column in COLUMNS)
     body = []
     for mode, group in groupby(content.measured, key=lambda m: m.mode):
         body.append(f'<tr class="mode"><td colspan="{len(COLUMNS)}">{escape(mode)}</td></tr>')
-        for m, cells in rows(list(group), peaks):
+        for m, cells in rows(list(group)):
             kind = ' class="bad"' if m.error else ' class="own"' if m.provider == "recattn" else ""
             figures = "".join(
                 f"<td{_left(column)}>{escape(cell)}</td>" for column, cell in zip(COLUMNS, cells, strict=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.machinery
+import importlib.util
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +14,16 @@ from typing import Any
 import torch
 
 INSTALL = 'pip install "recattn[peers]" and pip install --no-deps --requirement peers.txt bring it'
+
+# What providers import, where it is not of their name.
+MODULES = {"fbgemm": "fbgemm_gpu", "torch_easy_rec": "tzrec"}
+PROVIDERS = ("fbgemm", "deepctr_torch", "fuxictr", "recbole", "torch_rechub", "torch_easy_rec")
+
+
+def is_missing(provider: str) -> bool:
+    """Whether a provider is of another library and that is not installed; nothing is imported to find out."""
+    module = MODULES.get(provider, provider)
+    return provider in PROVIDERS and module not in sys.modules and importlib.util.find_spec(module) is None
 
 
 def import_peer(name: str) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,28 +14,28 @@ from recattn.bench.measure import Measurement
 from recattn.bench.report import OWN, times
 from recattn.bench.scaling import Axis, Curve
 
-# Okabe and Ito's palette, which colour-blind readers can tell apart, but for black and yellow, of which one would not
-# show on any background.
-COLORS = {
-    OWN: "#0072B2",
-    "recattn_padded": "#56B4E9",
-    "eager": "#D55E00",
-    "eager_jagged": "#E69F00",
-    "compile": "#009E73",
-    "compile_jagged": "#66C2A5",
-    "deepctr_torch": "#CC79A7",
+# Colours that colour-blind readers can tell apart, the first of Okabe and Ito's but for black and yellow, of which one
+# would not show on any background; and a shape for each provider.
+STYLES = {
+    OWN: ("#0072B2", "o"),
+    "recattn_padded": ("#56B4E9", "p"),
+    "eager": ("#D55E00", "s"),
+    "eager_jagged": ("#E69F00", "P"),
+    "compile": ("#009E73", "^"),
+    "compile_jagged": ("#66C2A5", "v"),
+    "deepctr_torch": ("#CC79A7", "D"),
+    "fuxictr": ("#7B6FD0", "h"),
+    "recbole": ("#B2182B", ">"),
+    "torch_rechub": ("#6B8E23", "d"),
+    "torch_easy_rec": ("#4D9DA8", "H"),
+    "fbgemm": ("#8C6D31", "<"),
+    "nested": ("#999999", "X"),
+    "sdpa": ("#5E7A8C", "*"),
+    "torch_gru": ("#9C755F", "8"),
 }
-OTHER_COLORS = ("#8C6D31", "#7B6FD0", "#999999")
-MARKERS = {
-    OWN: "o",
-    "recattn_padded": "p",
-    "eager": "s",
-    "eager_jagged": "P",
-    "compile": "^",
-    "compile_jagged": "v",
-    "deepctr_torch": "D",
-}
-OTHER_MARKERS = ("X", "*", "<")
+OTHER = ("#999999", ".")
+LEGEND_INCHES = 1.7  # that a provider takes in a legend
+LETTERS = 11  # of a title, in an inch
 INK = "#4b5563"  # of text and axes; a page puts its own colour in its place
 
 
@@ -53,7 +54,6 @@ def scaling(
     if not curves:
         raise ValueError("curves: expected at least one, got none: no provider ran at any size")
     modes = list(dict.fromkeys(curve.mode for curve in curves))
-    providers = list(dict.fromkeys(curve.provider for curve in curves))
     sizes = sorted({size for curve in curves for size in curve.sizes})
     figure, panels = _figure(1 + len(modes), title)
     shown = [(mode, "ms", f"{mode}: time per call, ms") for mode in modes]
@@ -64,7 +64,7 @@ def scaling(
             if curve.mode != mode:
                 continue
             values = curve.ms if field == "ms" else [size / 2**20 for size in curve.peak_bytes]
-            color, marker = _style(curve.provider, providers)
+            color, marker = STYLES.get(curve.provider, OTHER)
             axes.plot(curve.sizes, values, color=color, marker=marker, label=_label(curve, axis, field))
         if field == "ms" and roofline.get(mode):
             least = sorted(roofline[mode].items())
@@ -105,7 +105,7 @@ def ratios(measured: Sequence[Measurement], title: str) -> Any:
                 for m in measured
                 if m.provider == provider and m.mode == mode and m.ms and (m.case, mode) in own
             ]
-            color, marker = _style(provider, providers)
+            color, marker = STYLES.get(provider, OTHER)
             if points:
                 axes.scatter(*zip(*points, strict=True), color=color, marker=marker, s=40, label=provider)
         axes.axvline(1, color=INK, linewidth=0.8)
@@ -121,7 +121,7 @@ def ratios(measured: Sequence[Measurement], title: str) -> Any:
         list(handles.values()),
         list(handles),
         loc="outside lower center",
-        ncols=5,
+        ncols=int(figure.get_figwidth() / LEGEND_INCHES),
         frameon=False,
         labelcolor=INK,
     )
@@ -138,13 +138,15 @@ def save(figure: Any, path: Path) -> list[Path]:
 
 
 def inline(figure: Any) -> str:
-    """As an SVG element, without a background, its text and axes in the colour of the page around it."""
+    """As an SVG element, without a background, its text and axes in the colour of the page around it, as large as it is
+    or as the page has room for."""
     file = io.StringIO()
     figure.savefig(file, format="svg", transparent=True)
     text = file.getvalue()
     text = text[text.index("<svg") :].replace(INK, "currentColor")
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
-    return re.sub(r'(<svg [^>]*?)width="[^"]*pt" height="[^"]*pt"', r'\1role="img"', text, count=1)
+    own = f'role="img" style="width: 100%; max-width: {figure.get_figwidth():.2f}in"'
+    return re.sub(r'(<svg [^>]*?)width="[^"]*pt" height="[^"]*pt"', rf"\1{own}", text, count=1)
 
 
 def _figure(panels: int, title: str, height: float = 5.2) -> tuple[Any, list[Any]]:
@@ -157,7 +159,9 @@ def _figure(panels: int, title: str, height: float = 5.2) -> tuple[Any, list[Any
     matplotlib.rcParams["svg.fonttype"] = "none"  # text stays text
     figure = Figure(figsize=(1.5 + 4.6 * panels, height), layout="constrained")
     FigureCanvasAgg(figure)
-    figure.suptitle(title, color=INK, fontsize="medium")
+    letters = int(LETTERS * figure.get_figwidth())
+    lines = [line for part in title.splitlines() for line in textwrap.wrap(part, letters)]
+    figure.suptitle("\n".join(lines), color=INK, fontsize="medium")
     drawn = list(figure.subplots(1, panels, squeeze=False)[0])
     for axes in drawn:
         axes.grid(alpha=0.3)
@@ -177,12 +181,6 @@ def _ticks(axes: Any, sizes: Sequence[float]) -> None:
     axes.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
     axes.yaxis.set_major_formatter(lambda y, _: f"{y:g}")
     axes.yaxis.set_minor_formatter("")
-
-
-def _style(provider: str, providers: Sequence[str]) -> tuple[str, str]:
-    others = [p for p in providers if p not in COLORS]
-    index = others.index(provider) % len(OTHER_COLORS) if provider in others else 0
-    return COLORS.get(provider, OTHER_COLORS[index]), MARKERS.get(provider, OTHER_MARKERS[index])
 
 
 def _label(curve: Curve, axis: Axis, field: str) -> str:

@@ -5,11 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from itertools import groupby
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from recattn.bench.measure import OWN, Measurement
-from recattn.bench.roofline import Peaks
-from recattn.bench.task import Work
+from recattn.bench.timing import Ratio
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -19,6 +18,7 @@ COLUMNS = (
     "ms",
     "p20–p80",
     "faster by",
+    "±",
     "peak MiB",
     "smaller by",
     "roofline",
@@ -28,11 +28,14 @@ COLUMNS = (
 LEFT = ("mode", "provider")
 LEGEND = (
     "Medians of interleaved calls. faster by, smaller by: how many times the time, round by round, and the peak"
-    " memory of recattn a provider takes; in the row of recattn, what the fastest of the others takes. Peak"
-    " memory: tensors alive at once, inputs not counted. roofline: the least time for bytes and flops, over the"
-    " time taken. error: against float64, relative to the largest element. first call: with all that is compiled"
-    " in it, and of a training step without the optimizer."
+    " memory of recattn a provider takes; in the row of recattn, what the fastest of the others takes. ±: how well"
+    " the former is known, with 95 %. Peak memory: tensors alive at once, inputs not counted. roofline: the least"
+    " time for bytes and flops, over the time taken. error: against float64, relative to the largest element. first"
+    " call: with all that is compiled in it, and of a training step without the optimizer."
 )
+
+
+MORE = ("relative_low", "relative_high", "roofline", "first_ms", "deviation")
 
 
 class Section(NamedTuple):
@@ -42,7 +45,7 @@ class Section(NamedTuple):
     measured: Sequence[Measurement]
 
 
-def table(section: Section, peaks: Peaks | None = None) -> Table:
+def table(section: Section) -> Table:
     """For a rich console; `failures` go below it."""
     from rich import box
     from rich.table import Table
@@ -53,28 +56,54 @@ def table(section: Section, peaks: Peaks | None = None) -> Table:
     for mode, group in groupby(section.measured, key=lambda m: m.mode):
         result.add_section()
         result.add_row(mode, style="italic")
-        for m, cells in rows(list(group), peaks):
+        for m, cells in rows(list(group)):
             result.add_row(*cells, style="red" if m.error else None)
     return result
 
 
-def markdown(section: Section, peaks: Peaks | None = None) -> str:
+def markdown(section: Section) -> str:
     """The same as a Markdown section."""
     columns = ("mode", *COLUMNS)
     lines: list[Sequence[str]] = [columns, [":--" if column in LEFT else "--:" for column in columns]]
     for mode, group in groupby(section.measured, key=lambda m: m.mode):
-        lines += [(mode, *cells) for _, cells in rows(list(group), peaks)]
+        lines += [(mode, *cells) for _, cells in rows(list(group))]
     text = f"## {section.title}\n\n" + "".join("| " + " | ".join(cells) + " |\n" for cells in lines)
     return text + "".join(f"\n- {line}\n" for line in failures(section.measured))
 
 
-def rows(
-    measured: Sequence[Measurement], peaks: Peaks | None = None
-) -> list[tuple[Measurement, tuple[str, ...]]]:
+def rows(measured: Sequence[Measurement]) -> list[tuple[Measurement, tuple[str, ...]]]:
     """Cells for `COLUMNS`, of measurements of one case in one mode."""
+    return [(m, _cells(m, compared)) for m, compared in _pairs(measured)]
+
+
+def records(measured: Sequence[Measurement]) -> list[dict[str, Any]]:
+    """What goes into files: `Measurement.record()`, and the figures of the table that follow from others."""
+    result = []
+    for _, group in groupby(measured, key=lambda m: (m.op, m.case, m.mode)):
+        for m, compared in _pairs(list(group)):
+            faster, smaller = _factors(m, compared)
+            figures = {"faster_by": faster and faster.middle, "smaller_by": smaller}
+            result.append({**m.record(), **figures, **{name: getattr(m, name) for name in MORE}})
+    return result
+
+
+def _pairs(measured: Sequence[Measurement]) -> list[tuple[Measurement, Measurement | None]]:
+    """What each is compared with: recattn, or if it is that, the fastest of the others."""
     own = next((m for m in measured if m.provider == OWN), None)
     fastest = fastest_other(measured)
-    return [(m, _cells(m, fastest if m is own else own, peaks)) for m in measured]
+    return [(m, fastest if m is own else own) for m in measured]
+
+
+def _factors(m: Measurement, compared: Measurement | None) -> tuple[Ratio | None, float | None]:
+    """How many times the time and the peak memory of recattn the other of the two takes."""
+    if compared is None or not (m.ms and compared.ms and m.peak_bytes and compared.peak_bytes):
+        return None, None
+    other, own = (compared, m) if m.provider == OWN else (m, compared)
+    assert other.peak_bytes
+    assert own.peak_bytes
+    middle = times(other, own)
+    bounds = Ratio(other.relative_low or middle, middle, other.relative_high or middle)
+    return bounds, other.peak_bytes / own.peak_bytes
 
 
 def times(m: Measurement, own: Measurement) -> float:
@@ -115,8 +144,8 @@ def summary(measured: Sequence[Measurement]) -> str:
         if factor < 1
     ]
     text = (
-        f"Against the fastest other provider recattn takes 1/{middle:.2g} of the time in the geometric mean over"
-        f" {len(factors)} cases and modes, and is from {factors[0]:.2g}× to {factors[-1]:.2g}× as fast."
+        f"Against the fastest other provider recattn is {middle:.2g}× as fast in the geometric mean over"
+        f" {len(factors)} cases and modes, from {factors[0]:.2g}× to {factors[-1]:.2g}×."
     )
     if not lost:
         return f"{text} It is slower in none."
@@ -134,26 +163,19 @@ def failures(measured: Sequence[Measurement]) -> list[str]:
     ]
 
 
-def _cells(m: Measurement, other: Measurement | None, peaks: Peaks | None) -> tuple[str, ...]:
-    """`other` is recattn, or what recattn is compared with."""
+def _cells(m: Measurement, compared: Measurement | None) -> tuple[str, ...]:
     if m.ms is None or m.ms_p20 is None or m.ms_p80 is None or m.peak_bytes is None:
         return (m.provider, "failed", *[""] * (len(COLUMNS) - 2))
-    faster = smaller = share = ""
-    if other is not None and other is not m and other.ms and other.peak_bytes and m.peak_bytes:
-        a, b = (other, m) if m.provider == OWN else (m, other)
-        assert a.peak_bytes
-        assert b.peak_bytes
-        faster, smaller = f"{times(a, b):.2f}×", f"{a.peak_bytes / b.peak_bytes:.2f}×"
-    if peaks is not None and m.bytes is not None and m.flops is not None:
-        share = f"{peaks.share(Work(m.bytes, m.flops), m.ms):.0%}"
+    faster, smaller = _factors(m, compared)
     return (
         m.provider,
         milliseconds(m.ms),
         f"{milliseconds(m.ms_p20)}–{milliseconds(m.ms_p80)}",
-        faster,
+        "" if faster is None else f"{faster.middle:.2f}×",
+        "" if faster is None else f"{faster.uncertainty:.0%}",
         mebibytes(m.peak_bytes),
-        smaller,
-        share,
+        "" if smaller is None else f"{smaller:.2f}×",
+        "" if m.roofline is None else f"{m.roofline:.0%}",
         "" if m.deviation is None else f"{m.deviation:.0e}",
         "" if m.first_ms is None else f"{m.first_ms / 1e3:.2g} s",
     )

@@ -103,6 +103,14 @@ class Curve:
         exponent = max(math.log(steps[1]) / math.log(steps[0]), 1.0)
         return self.peak_bytes[-1] * (size / self.sizes[-1]) ** exponent
 
+    def size_of_bytes(self, limit: float) -> float | None:
+        """The size at which the peak memory comes to the limit, if it grows by the fitted exponent, but at least in
+        proportion; None if it hardly grows."""
+        _, exponent = self.exponents()
+        if exponent is None or exponent < 0.1:
+            return None
+        return self.sizes[-1] * (limit / self.peak_bytes[-1]) ** (1 / max(exponent, 1.0))
+
 
 def curves(measured: Mapping[float, Sequence[Measurement]]) -> list[Curve]:
     """One curve per provider and mode, from measurements by size, of the points that have figures."""
@@ -164,9 +172,10 @@ def _where(ratios: Sequence[tuple[float, float]], letter: str) -> str:
     ]
     if not steps:
         return f"{word(factors[0])} everywhere: {extremes}"
-    begin = f"{word(factors[0])} below {letter}={steps[0][1]:.3g}"
+    begin = f"{word(factors[0])} below {letter}={_rounded(steps[0][1])}"
     return (
-        ", ".join([begin, *(f"{after} above {letter}={size:.3g}" for after, size in steps)]) + f"; {extremes}"
+        ", ".join([begin, *(f"{after} above {letter}={_rounded(size)}" for after, size in steps)])
+        + f"; {extremes}"
     )
 
 
@@ -187,6 +196,25 @@ def ends(measured: Mapping[float, Sequence[Measurement]], letter: str) -> list[s
     for (provider, mode), where in first.items():
         modes.setdefault((provider, where), []).append(mode)
     return [f"{', '.join(names)}: {provider} stops at {where}" for (provider, where), names in modes.items()]
+
+
+def reaches(fitted: Sequence[Curve], limit: float, letter: str) -> list[str]:
+    """For each mode the sizes at which providers would take as much memory as there is, in words."""
+    found: dict[str, list[str]] = {}
+    for curve in fitted:
+        size = curve.size_of_bytes(limit)
+        if size is not None:
+            found.setdefault(curve.mode, []).append(f"{_rounded(size)} ({curve.provider})")
+    memory = f"{limit / 2**30:.3g} GiB"
+    return [
+        f"{mode}: by its growth memory comes to {memory} at about {letter}={', '.join(sizes)}"
+        for mode, sizes in found.items()
+    ]
+
+
+def _rounded(size: float) -> str:
+    """To two or three digits that count, without an exponent."""
+    return f"{float(f'{size:.2g}'):.0f}" if size >= 100 else f"{size:.3g}"
 
 
 FIGURES: dict[str, tuple[str, Callable[[float], str]]] = {

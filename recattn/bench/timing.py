@@ -3,24 +3,34 @@
 from __future__ import annotations
 
 import gc
+import math
 import os
+import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch.profiler import ProfilerActivity, profile
 
 Run = Callable[[], object]
+TURN_MS, TURN_CALLS = 5.0, 5
+PRECISION = 0.02
 
 
 class Meter(Protocol):
     """Measures one call on one device."""
 
+    clock: str  # in words, what `milliseconds` counts
+
     def milliseconds(self, run: Run) -> float: ...
+
+    def first_milliseconds(self, run: Run) -> float:
+        """Of a call that may compile something, with all that anybody waits for."""
+        ...
 
     def peak_bytes(self, run: Run) -> int:
         """The most bytes of tensors alive at once during the call, over those alive before it."""
@@ -40,9 +50,24 @@ class Meter(Protocol):
 
 
 class HostMeter:
-    """The CPU: a monotonic clock, and the allocations of PyTorch's allocator."""
+    """The CPU, and the allocations of PyTorch's allocator.
+
+    With one thread, time is what that thread had of a core: the same as on a clock where nothing else runs, and free of
+    what waiting for a core adds where something does, which is more for long calls than for short ones. Several threads
+    wait for each other, so that theirs is time on a clock.
+    """
+
+    def __init__(self) -> None:
+        alone = torch.get_num_threads() == 1
+        self._now = time.thread_time if alone else time.perf_counter
+        self.clock = "CPU time of one thread" if alone else "time on a clock"
 
     def milliseconds(self, run: Run) -> float:
+        begin = self._now()
+        run()
+        return (self._now() - begin) * 1e3
+
+    def first_milliseconds(self, run: Run) -> float:
         begin = time.perf_counter()
         run()
         return (time.perf_counter() - begin) * 1e3
@@ -83,6 +108,8 @@ class AcceleratorMeter:
         runtime: what has the interface of `torch.cuda`.
     """
 
+    clock = "time between two events on the device"
+
     def __init__(
         self, device: torch.device, cold: bool = False, graph: bool = False, runtime: Any = torch.cuda
     ) -> None:
@@ -103,6 +130,9 @@ class AcceleratorMeter:
             end.record()
             end.synchronize()
         return begin.elapsed_time(end)
+
+    def first_milliseconds(self, run: Run) -> float:
+        return self.milliseconds(run)
 
     def peak_bytes(self, run: Run) -> int:
         gc.collect()
@@ -171,23 +201,50 @@ class Timing:
         return float(np.percentile(self.samples, q))
 
 
+class Ratio(NamedTuple):
+    """How many times as long as another a call takes: the median over rounds, and bounds that hold the true median
+    with about 95 % probability."""
+
+    low: float
+    middle: float
+    high: float
+
+    @property
+    def uncertainty(self) -> float:
+        """Half of what lies between the bounds, as a share."""
+        return (self.high - self.low) / (2 * self.middle)
+
+
+def ratio(timing: Sequence[float], other: Sequence[float]) -> Ratio:
+    """Of samples of the same rounds, one by one: whatever else the machine did in a round fell on both."""
+    ratios = sorted(a / b for a, b in zip(timing, other, strict=True))
+    n = len(ratios)
+    below = max(0, math.floor((n - 1.96 * math.sqrt(n)) / 2))  # ranks of a binomial distribution
+    return Ratio(ratios[below], statistics.median(ratios), ratios[n - 1 - below])
+
+
 def interleave(
     runs: Mapping[str, Run],
     meter: Meter,
     *,
     budget: float,
     rounds: tuple[int, int] = (5, 200),
+    base: str | None = None,
 ) -> dict[str, Timing | str]:
-    """Times several calls in turns, A B C A B C ..., so that whatever else the machine does hits all alike.
+    """Times several calls in turns, A B C C B A A B C ..., so that whatever else the machine does hits all alike, and
+    what changes steadily favours none.
 
-    A turn is one call that is not timed and one that is: no call pays for the caches and the heap that the
-    one before it in the round left behind.
+    A turn is one call that is not timed, so that none pays for the caches and the heap that the one before it left
+    behind, and then some that are: one, or as many short ones as take `TURN_MS` together, but at most `TURN_CALLS`,
+    whose median is the sample.
 
     Args:
         runs: the calls by name, already compiled.
         meter: of the device that they run on.
         budget: seconds after which no further round begins.
         rounds: at least and at most so many rounds, whatever the budget.
+        base: what the others are compared with. Once the ratio of each to it is known to within `PRECISION`, there are
+            no further rounds.
 
     Returns:
         By name the timings, or what the call raised, in words: it drops out, and the others go on.
@@ -196,17 +253,33 @@ def interleave(
     failures: dict[str, str] = {}
     begin = time.perf_counter()
     for done in range(rounds[1]):
-        if done >= rounds[0] and time.perf_counter() - begin > budget:
+        if done >= rounds[0] and (
+            time.perf_counter() - begin > budget or _settled(samples, base, set(failures))
+        ):
             break
-        for name, run in runs.items():
+        for name in list(runs) if done % 2 == 0 else list(runs)[::-1]:
             if name in failures:
                 continue
             try:
-                run()
-                samples[name].append(meter.milliseconds(run))
+                samples[name].append(_turn(runs[name], meter))
             except Exception as error:
                 failures[name] = describe(error)
     return {name: failures.get(name) or Timing(tuple(samples[name])) for name in runs}
+
+
+def _turn(run: Run, meter: Meter) -> float:
+    run()
+    calls = [meter.milliseconds(run)]
+    while len(calls) < TURN_CALLS and sum(calls) < TURN_MS:
+        calls.append(meter.milliseconds(run))
+    return statistics.median(calls)
+
+
+def _settled(samples: Mapping[str, Sequence[float]], base: str | None, failed: Collection[str]) -> bool:
+    if base is None or base not in samples or base in failed:
+        return False
+    others = (series for name, series in samples.items() if name != base and name not in failed)
+    return all(ratio(series, samples[base]).uncertainty <= PRECISION for series in others)
 
 
 def describe(error: Exception) -> str:

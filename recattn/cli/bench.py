@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from recattn.bench import history, library, page, plot, report
-from recattn.bench.cases import CASES, check_providers, select_cases
+from recattn.bench.cases import CASES, check_providers, default_providers, select_cases
 from recattn.bench.console import (
     add_data_argument,
     add_device_arguments,
@@ -18,13 +18,12 @@ from recattn.bench.console import (
     progress,
     read_log,
     write_json,
-    write_records,
 )
 from recattn.bench.environment import command_line, commit, details, environment, machine
 from recattn.bench.libraries import LIBRARIES, Sizes
 from recattn.bench.measure import Measurement, measure
 from recattn.bench.report import Section
-from recattn.bench.roofline import Peaks, peaks_of
+from recattn.bench.roofline import peaks_of
 from recattn.bench.task import MODES, Setting
 from recattn.bench.timing import meter_for
 from recattn.swap import SEMANTICS
@@ -35,7 +34,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_data_argument(parser, "histories")
     parser.add_argument("--op", nargs="+", metavar="NAME", help=", ".join(dict.fromkeys(c.op for c in CASES)))
     parser.add_argument("--case", nargs="+", metavar="NAME", help=", ".join(case.name for case in CASES))
-    parser.add_argument("--provider", nargs="+", metavar="NAME", help="some of those that a case has")
+    parser.add_argument(
+        "--provider",
+        nargs="+",
+        metavar="NAME",
+        help="default: all that a case has, but for libraries that are not installed",
+    )
     parser.add_argument(
         "--mode", nargs="+", choices=MODES, help="default: all but forward, which keeps a graph and drops it"
     )
@@ -82,8 +86,8 @@ def run(args: argparse.Namespace) -> int:
     earlier = history.read(args.compare) if args.compare else []
     setting = Setting(device, dtype, read_log(args.data))
     modes = args.mode or [mode for mode in MODES if mode != "forward"]
-    budget, rounds = (2.0, (5, 50)) if args.quick else (10.0, (5, 200))
-    heading = f"{environment(device, dtype)}, data: {args.data}"
+    budget, rounds = (4.0, (5, 60)) if args.quick else (15.0, (9, 200))
+    heading = f"{environment(device, dtype)}, data: {args.data}, {meter.clock}"
     sections = []
     with progress(len(cases)) as bar:
         bar.console.print(heading, markup=False)
@@ -95,14 +99,15 @@ def run(args: argparse.Namespace) -> int:
             measured = measure(
                 task,
                 meter,
-                providers=args.provider,
+                providers=args.provider or default_providers(case, quick=args.quick),
                 modes=modes,
                 budget=budget,
                 rounds=rounds,
+                peaks=peaks,
                 on_step=bar.say,
             )
             found = Section(f"{case.op}, {case.name}: {task.description}", measured)
-            bar.show(report.table(found, peaks), report.failures(measured))
+            bar.show(report.table(found), report.failures(measured))
             sections.append(found)
             bar.end()
         measured = [m for found in sections for m in found.measured]
@@ -112,23 +117,24 @@ def run(args: argparse.Namespace) -> int:
             moved = history.compare(args.compare, earlier, measured, machine(device))
             bar.console.print(moved, markup=False, highlight=False)
     if args.json is not None:
-        write_records(args.json, measured)
+        write_json(args.json, report.records(measured))
     log = args.history or (args.output and args.output / "history.jsonl")
     if log is not None:
         command = command_line(sys.argv[1:])
         history.append(log, measured, command=command, commit=commit(), machine=machine(device))
     if args.output is not None:
-        _write(args.output, heading, sections, peaks, details(device, dtype))
+        known = {**details(device, dtype), "time": meter.clock, "roofline": peaks.describe()}
+        _write(args.output, heading, sections, known)
     return int(any(m.error for m in measured if m.provider == "recattn"))
 
 
-def _write(folder: Path, heading: str, sections: list[Section], peaks: Peaks, found: dict[str, str]) -> None:
+def _write(folder: Path, heading: str, sections: list[Section], known: dict[str, str]) -> None:
     """The files of `--output`."""
     measured: list[Measurement] = [m for section in sections for m in section.measured]
-    write_records(folder / "bench.json", measured)
+    write_json(folder / "bench.json", report.records(measured))
     summary = report.summary(measured)
     content = [f"# Benchmark\n\n{summary}\n\n{heading}.\n\n{report.LEGEND}\n"]
-    content += [report.markdown(section, peaks) for section in sections]
+    content += [report.markdown(section) for section in sections]
     (folder / "bench.md").write_text("\n".join(content), encoding="utf-8")
     pictures = []
     if any(m.ms for m in measured if m.provider == report.OWN):
@@ -139,8 +145,8 @@ def _write(folder: Path, heading: str, sections: list[Section], peaks: Peaks, fo
         "recattn bench",
         [summary],
         pictures,
-        [page.section(section, peaks) for section in sections],
-        environment={**found, "roofline": peaks.describe()},
+        [page.section(section) for section in sections],
+        environment=known,
         command=command_line(sys.argv[1:]),
         legend=report.LEGEND,
     )

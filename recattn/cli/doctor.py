@@ -15,12 +15,14 @@ import torch
 
 from recattn import __version__
 from recattn.backend import requested_backend
+from recattn.explain import Row, explain
+from recattn.nn import ActivationUnit, AttentionalGRU, PairwisePool, SelfAttention, TargetAttention
 
 TORCH, TRITON = (2, 8), ((3, 6), (3, 10))  # from, and below
 OPTIONAL = {
     "bench": ("matplotlib", "rich", "scikit-learn"),
     "peers": ("deepctr-torch", "fuxictr", "recbole", "torch-rechub", "tzrec-sekai"),
-    "jagged tensors": ("torchrec", "fbgemm-gpu"),
+    "jagged tensors": ("torchrec", "fbgemm-gpu", "fbgemm-gpu-cpu"),
 }
 
 
@@ -94,13 +96,18 @@ def devices() -> Iterator[Finding]:
     if requested_backend() == "triton" and not _interpreted() and not torch.cuda.is_available():
         cure = "RECATTN_BACKEND=triton asks for kernels, which need a GPU or TRITON_INTERPRET=1; unset it"
     yield Finding("cpu", f"{torch.get_num_threads()} of {os.cpu_count()} threads; {implementation}", cure)
+    if cure is None:
+        yield from operators("cpu")
     for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
         properties = torch.cuda.get_device_properties(index)
         name = f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB"
         kernels = (
             "PyTorch operations" if requested_backend() == "torch" else "kernels where they cover the call"
         )
-        yield Finding(f"cuda:{index}", f"{name}; {kernels}", _gpu_fault(properties))
+        fault = _gpu_fault(properties)
+        yield Finding(f"cuda:{index}", f"{name}; {kernels}", fault)
+        if fault is None:
+            yield from operators(f"cuda:{index}")
     if not torch.cuda.is_available():
         hardware = [path for path in ("/dev/nvidia0", "/dev/kfd") if Path(path).exists()]
         cure = None
@@ -109,6 +116,30 @@ def devices() -> Iterator[Finding]:
         yield Finding(
             "gpu", f"none that PyTorch sees{' (' + hardware[0] + ' exists)' if hardware else ''}", cure
         )
+
+
+def operators(device: str) -> Iterator[Finding]:
+    """What each operator runs there, called as by its layer with the usual sizes; on a GPU by precision."""
+    layers = (
+        ActivationUnit(64),
+        TargetAttention(64),
+        SelfAttention(64),
+        AttentionalGRU(64, 64),
+        PairwisePool(16),
+    )
+    for layer in layers:
+        for dtype in (torch.float32, torch.bfloat16) if device != "cpu" else (torch.float32,):
+            rows = explain(layer, device=device, dtype=dtype)
+            name = f"{rows.rows[0].operator}" + (
+                f", {str(dtype).removeprefix('torch.')}" if device != "cpu" else ""
+            )
+            yield Finding(f"  {name}", "; ".join(_in_words(row) for row in rows))
+
+
+def _in_words(row: Row) -> str:
+    histories = f"{row.histories} histories: " if row.histories else ""
+    runs = f"the {row.kernel} kernels" if row.runs == "kernel" else "PyTorch operations"
+    return f"{histories}{runs} ({row.reason})"
 
 
 def _gpu_fault(properties: object) -> str | None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from recattn.bench import page, plot, scaling
-from recattn.bench.cases import SWEPT, check_providers
+from recattn.bench.cases import SWEPT, check_providers, default_providers
 from recattn.bench.console import (
     add_data_argument,
     add_device_arguments,
@@ -87,7 +87,7 @@ def run(args: argparse.Namespace) -> int:
     if len(sizes) < 2 or min(sizes) <= 0 or (args.over != "fill" and any(n % 1 for n in sizes)):
         raise ValueError(f"sizes: expected at least two different ones, whole but for fill, got {sizes}")
     check_providers(args.provider, [case])
-    names = args.provider or [name for name in case.providers if name not in BUT]
+    names = args.provider or [name for name in default_providers(case, quick=False) if name not in BUT]
     cases = {size: scaling.at(case, args.over, size) for size in sizes}
     meter = meter_for(device)
     limit = _limit(args.memory_limit, meter)
@@ -111,6 +111,7 @@ def run(args: argparse.Namespace) -> int:
                 modes=args.mode,
                 budget=budget,
                 rounds=rounds,
+                peaks=peaks,
                 check=task.work.bytes / dtype.itemsize <= CHECKED,
                 refuse=guard.refuse,
                 on_step=bar.say,
@@ -121,6 +122,8 @@ def run(args: argparse.Namespace) -> int:
             bar.end()
         fitted = scaling.curves(measured)
         notes = [*scaling.crossovers(fitted, axis.letter), *scaling.ends(measured, axis.letter)]
+        if limit is not None and args.over != "fill":
+            notes += scaling.reaches(fitted, limit, axis.letter)
         tables = {
             f"{mode}: {label}": scaling.cells(mode, field, measured, fitted, axis.letter)
             for mode in args.mode
@@ -150,7 +153,7 @@ def run(args: argparse.Namespace) -> int:
         [_summary(fitted, args.over), *notes],
         [plot.inline(figure)],
         [page.table(name, cells) for name, cells in tables.items()],
-        environment={**details(device, dtype), "roofline": peaks.describe()},
+        environment={**details(device, dtype), "time": meter.clock, "roofline": peaks.describe()},
         command=command_line(sys.argv[1:]),
         legend=f"{setup}, at the largest size. {LEGEND}",
     )

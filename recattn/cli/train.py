@@ -62,8 +62,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--json",
         type=Path,
         metavar="FILE",
-        help="write a list with a report per model: for fused and eager, a list per epoch of training loss,"
-        " test auc, user-grouped auc (gauc), seconds and peak_bytes",
+        help="write a list with a report per model: for fused and eager, a list per epoch of training loss, and"
+        " label_loss without auxiliary terms, test auc, user-grouped auc (gauc), seconds and peak_bytes",
     )
 
 
@@ -166,11 +166,14 @@ def _table(model: str, curves: dict[str, Curve], device: torch.device) -> Any:
 
     held = "allocated" if device.type == "cuda" else "resident"
     table = Table(title=f"{model.upper()}, {' and '.join(curves)} from the same weights on the same batches")
-    for heading in ("epoch", "layers", "loss", "test AUC", "by user", "seconds", f"peak {held}"):
+    apart = any(curve.label_loss != curve.loss for curve in curves.values())
+    parts = ("loss", "of labels") if apart else ("loss",)
+    for heading in ("epoch", "layers", *parts, "test AUC", "by user", "seconds", f"peak {held}"):
         table.add_column(heading, justify="left" if heading == "layers" else "right")
     for epoch in range(len(next(iter(curves.values())).loss)):
         for name, curve in curves.items():
-            figures = (f"{figure[epoch]:.5f}" for figure in (curve.loss, curve.auc, curve.gauc))
+            losses = (curve.loss, curve.label_loss)[: len(parts)]
+            figures = (f"{figure[epoch]:.5f}" for figure in (*losses, curve.auc, curve.gauc))
             last = name == list(curves)[-1]
             table.add_row(
                 str(epoch + 1) if name == next(iter(curves)) else "",

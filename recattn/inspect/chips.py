@@ -1,9 +1,17 @@
 """The GPUs that kernels are inspected for: what limits a program on one, and how fast it is at best.
 
-The chips are the usual ones of their architecture, the figures those of public data sheets and architecture white
-papers (dense, boost clock): NVIDIA A100 80GB SXM, GA102 (GeForce RTX 3090), L40S, H100 SXM5, HGX B200, Blackwell
-(GeForce RTX 5090), AMD Instinct MI300X. Limits per multiprocessor are from the CUDA C++ Programming Guide, "Compute
-Capabilities", and from AMD's CDNA3 instruction set guide.
+The chips are the usual ones of their architecture: NVIDIA A100 80GB SXM, GA102 (GeForce RTX 3090), L40S, H100 SXM5, HGX
+B200, GeForce RTX 5090, AMD Instinct MI300X. Rates are dense, by data sheets and architecture white papers.
+
+- Limits per multiprocessor (warps, programs, shared memory, registers) are those of NVIDIA's own `cuda::arch_traits`
+  in libcu++, all of which were compared; AMD's are of its GPU specifications (64 KiB of LDS, 304 units) and of LLVM's
+  occupancy (8 waves a SIMD unit, 512 registers). `max_programs` of gfx942 is not confirmed.
+- H100, L40S, RTX 5090 and MI300X were compared with figures that cite the makers' papers. Matrix rates agree with units
+  times clock: H100 132 x 4096 x 1.83 GHz, MI300X 304 x 2048 x 2.1 GHz. H100's 67 Tflop/s of fp32 are at 1.98 GHz. That
+  RTX 5090 halves its 419 Tflop/s of fp16 where sums are fp32 is not confirmed.
+- B200: 2250 Tflop/s are confirmed. The same source has 80 of fp32, 1100 of tf32 and up to 8 TB/s for HGX; what stands
+  here is a few percent off that, and not confirmed, as are its 148 multiprocessors and 1.965 GHz.
+- A100 and RTX 3090 were not compared again, nor 16 special functions per clock with a table of sm_100 or sm_120.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from recattn import functional
 from recattn.data import Batch
 from recattn.jagged import Jagged
 from recattn.models.mlp import mlp
-from recattn.models.ranking import RankingModel
+from recattn.models.ranking import Losses, RankingModel
 from recattn.nn import ActivationUnit, AttentionalGRU, Twin
 from recattn.nn.attention_weights import attention_weights
 
@@ -96,15 +96,16 @@ class DIEN(RankingModel):
         interests, _ = self.extractor(history)
         return self._logits(user, target, interests)
 
-    def loss(self, batch: Batch) -> Tensor:
-        """The mean binary cross-entropy of the labels, and the weighted auxiliary loss."""
+    def losses(self, batch: Batch) -> Losses:
+        """The mean binary cross-entropy of the labels, and to it the weighted auxiliary loss."""
         user, target, history = self.embedding(batch)
         interests, _ = self.extractor(history)
         logits = self._logits(user, target, interests)
         loss = F.binary_cross_entropy_with_logits(logits, batch.label)
         if not self.auxiliary_weight:
-            return loss
-        return loss + self.auxiliary_weight * self.auxiliary(interests, history, batch.history.values)
+            return Losses(loss, loss)
+        auxiliary = self.auxiliary(interests, history, batch.history.values)
+        return Losses(loss + self.auxiliary_weight * auxiliary, loss)
 
     def _logits(self, user: Tensor, target: Tensor, interests: Jagged) -> Tensor:
         if self.evolution.kind == "gru":

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from recattn.data import Batch
 from recattn.models.embedding import BatchEmbedding
 from recattn.nn import Twin
+
+
+class Losses(NamedTuple):
+    """What training minimises, and the part of the labels: without auxiliary terms."""
+
+    total: Tensor
+    labels: Tensor
 
 
 class RankingModel(Twin):
@@ -33,5 +42,10 @@ class RankingModel(Twin):
         raise NotImplementedError(f"{type(self).__name__}: expected a subclass that defines forward")
 
     def loss(self, batch: Batch) -> Tensor:
-        """What training minimises, a scalar: the mean binary cross-entropy of the labels."""
-        return torch.nn.functional.binary_cross_entropy_with_logits(self(batch), batch.label)
+        """What training minimises, a scalar."""
+        return self.losses(batch).total
+
+    def losses(self, batch: Batch) -> Losses:
+        """The same, and what of it is of the labels: here all of it, their mean binary cross-entropy."""
+        loss = torch.nn.functional.binary_cross_entropy_with_logits(self(batch), batch.label)
+        return Losses(loss, loss)

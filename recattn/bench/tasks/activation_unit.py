@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from recattn import functional, reference
 from recattn.bench.histories import FROM_LOG, HistoryCase, draw_histories, longest_of, unpadding, valid
+from recattn.bench.layers.activation_unit import LAYERS
 from recattn.bench.peers import import_peer
 from recattn.bench.task import Prepared, Setting, Task, Work, comparing, leaves_of
 from recattn.jagged import Jagged, offsets_of, pack
@@ -314,37 +315,6 @@ def fbgemm(inputs: Inputs) -> Prepared:
     return inputs.jagged(forward, leaves)
 
 
-def deepctr_torch(inputs: Inputs) -> Prepared:
-    """DeepCTR-Torch's `AttentionSequencePoolingLayer` with the same weights.
-
-    Raises:
-        ModuleNotFoundError: where it is not installed.
-    """
-    case = inputs.case
-    layer = import_peer("deepctr_torch.layers").AttentionSequencePoolingLayer(
-        att_hidden_units=case.hidden,
-        att_activation=case.activation,
-        weight_normalization=case.normalize == "softmax",
-        embedding_dim=case.dim,
-    )
-    layer.to(inputs.query.device, inputs.query.dtype)
-    linears = [*layer.local_att.dnn.linears, layer.local_att.dense]
-    with torch.no_grad():
-        for linear, weight, bias in zip(linears, inputs.weights, inputs.biases, strict=True):
-            linear.weight.copy_(weight)
-            linear.bias.copy_(bias)
-    query, padded = leaves_of(inputs.query, inputs.padded)
-    count = case.candidates
-    lengths = inputs.keys.lengths.repeat_interleave(count).unsqueeze(1)
-
-    def forward() -> Tensor:
-        keys = padded.repeat_interleave(count, 0) if count > 1 else padded
-        return layer(query.unsqueeze(1), keys, lengths).squeeze(1)
-
-    parameters = [*(n.weight for n in linears), *(n.bias for n in linears)]
-    return inputs.of_padded(forward, [query, padded, *parameters])
-
-
 PROVIDERS: dict[str, Callable[[Inputs], Prepared]] = {
     "recattn": recattn,
     "recattn_padded": recattn_padded,
@@ -354,5 +324,5 @@ PROVIDERS: dict[str, Callable[[Inputs], Prepared]] = {
     "compile_jagged": compiled_jagged,
     "nested": nested,
     "fbgemm": fbgemm,
-    "deepctr_torch": deepctr_torch,
+    **LAYERS,
 }

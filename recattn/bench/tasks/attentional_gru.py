@@ -9,13 +9,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 from recattn import functional, reference
 from recattn.bench.histories import FROM_LOG, HistoryCase, draw_histories, longest_of, unpadding, valid
-from recattn.bench.peers import import_peer
+from recattn.bench.layers.attentional_gru import KINDS, LAYERS
+from recattn.bench.packing import Packing
 from recattn.bench.task import Prepared, Setting, Task, Work, comparing, leaves_of
 from recattn.jagged import Jagged
+from recattn.reference.attentional_gru import step
 
 UNROLLED = 16  # steps that torch.compile makes code of in bearable time
 
@@ -33,7 +34,8 @@ class AttentionalGRU(HistoryCase):
 
     @property
     def providers(self) -> Mapping[str, Callable[[Any], Prepared]]:
-        return PROVIDERS
+        others = LAYERS if self.kind in KINDS else {"torch_gru": torch_gru} if self.kind == "gru" else {}
+        return {**PROVIDERS, **others}
 
     def task(self, setting: Setting) -> Task:
         inputs = make_inputs(self, setting)
@@ -143,15 +145,12 @@ def eager(inputs: Inputs, function: Callable[..., Any] = reference.attentional_g
 
 def compiled(inputs: Inputs) -> Prepared:
     """The same through `torch.compile`, for exactly these shapes."""
-    if inputs.max_length > UNROLLED:
-        raise NotImplementedError(f"torch.compile unrolls {inputs.max_length} steps, which takes it minutes")
+    _check_steps(inputs)
     return eager(inputs, torch.compile(reference.attentional_gru_padded, dynamic=False, fullgraph=True))
 
 
 def torch_gru(inputs: Inputs) -> Prepared:
-    """`torch.nn.GRU` on a packed sequence, which knows no attention."""
-    if inputs.attended:
-        raise NotImplementedError("torch.nn.GRU has no attention")
+    """`torch.nn.GRU`, which knows no attention, on a packed sequence."""
     dim = inputs.case.dim
     gru = nn.GRU(dim, dim, batch_first=True, device=inputs.grad.device, dtype=inputs.grad.dtype)
     with torch.no_grad():
@@ -161,76 +160,54 @@ def torch_gru(inputs: Inputs) -> Prepared:
     return packing.prepared(lambda x: gru(x)[0].data, list(gru.parameters()))
 
 
-def deepctr_torch(inputs: Inputs) -> Prepared:
-    """DeepCTR-Torch's `DynamicGRU`, which takes packed sequences. Its update gate is 1 less what is kept here, and its
-    two biases are one, by mistake; here they are two.
-
-    Raises:
-        ModuleNotFoundError: where it is not installed.
-        NotImplementedError: for kinds that it leaves to others.
-    """
-    kind, dim = inputs.case.kind, inputs.case.dim
-    if kind not in ("agru", "augru"):
-        raise NotImplementedError(f"DynamicGRU has no {kind}")
-    layers = import_peer("deepctr_torch.layers.sequence")
-    cells = layers.DynamicGRU(dim, dim, gru_type=kind.upper()).to(inputs.grad.device, inputs.grad.dtype)
-    rnn = cells.rnn
-    rnn.bias_ih = nn.Parameter(torch.empty_like(rnn.bias_hh))
-    parameters = [rnn.weight_ih, rnn.weight_hh, rnn.bias_ih, rnn.bias_hh]
-    with torch.no_grad():
-        for parameter, value in zip(parameters, inputs.parameters, strict=True):
-            parameter.copy_(_flipped(value, dim))
-    packing = Packing(inputs)
-    prepared = packing.prepared(lambda x, a: cells(x, a).data, parameters)
-
-    def comparable(result: Sequence[Tensor]) -> list[Tensor]:
-        first = 1 + inputs.inputs
-        return prepared.comparable([*result[:first], *(_flipped(g, dim) for g in result[first:])])
-
-    return prepared._replace(comparable=comparable)
+def by_step(
+    x: Tensor,
+    a: Tensor | None,
+    sizes: Sequence[int],
+    parameters: Sequence[Tensor],
+    kind: str,
+) -> Tensor:
+    """States of packed sequences, the longest first: at each step a row for each that is not over."""
+    weight_ih, weight_hh, bias_ih, bias_hh = parameters
+    h = x.new_zeros(sizes[0] if sizes else 0, weight_hh.shape[1])
+    states = []
+    scores = [None] * len(sizes) if a is None else a.split(list(sizes))
+    for item, score, size in zip(x.split(list(sizes)), scores, sizes, strict=True):
+        h = step(item, h[:size], score, weight_ih, weight_hh, bias_ih, bias_hh, kind, "paper", True)
+        states.append(h)
+    return torch.cat(states) if states else h
 
 
-def _flipped(x: Tensor, dim: int) -> Tensor:
-    """The block of the update gate with the other sign."""
-    r, z, n = x.split(dim)
-    return torch.cat([r, -z, n])
+def eager_jagged(inputs: Inputs, function: Callable[..., Any] = by_step) -> Prepared:
+    """PyTorch code over the valid positions only, one step for all sequences that are not over after the other. Packed
+    beforehand, as the rows of each step."""
+    packing, parameters = Packing(inputs), leaves_of(*inputs.parameters)
+    sizes, rows = packing.sizes, packing.rows
+    x, *scores = leaves = leaves_of(inputs.items.values, *([inputs.scores] if inputs.attended else []))
+
+    def forward() -> Tensor:
+        a = scores[0][rows].unsqueeze(1) if scores else None
+        states = function(x[rows], a, sizes, parameters, inputs.case.kind)
+        return torch.zeros_like(x).index_copy(0, rows, states)
+
+    return Prepared(forward, [*leaves, *parameters], inputs.grad, comparing(inputs.inputs))
 
 
-class Packing:
-    """A padded batch, as an embedding gives it, packed in the call for what takes `PackedSequence`s; and the way back
-    from its order, time by time. Sequences without items, which cannot be packed, are left out."""
+def compiled_jagged(inputs: Inputs) -> Prepared:
+    """The same through `torch.compile`, for exactly these lengths."""
+    _check_steps(inputs)
+    return eager_jagged(inputs, torch.compile(by_step, dynamic=False, fullgraph=True))
 
-    def __init__(self, inputs: Inputs) -> None:
-        self.inputs = inputs
-        self.some = inputs.items.lengths > 0
-        self.lengths = inputs.items.lengths[self.some].cpu()
-        rows = inputs.padded(torch.arange(inputs.grad.shape[0], device=inputs.grad.device)[:, None].double())
-        self.rows = self._pack(rows).data.squeeze(1).long()  # which row each place is
 
-    def _pack(self, padded: Tensor) -> PackedSequence:
-        kept = padded if bool(self.some.all()) else padded[self.some]
-        return pack_padded_sequence(kept, self.lengths, batch_first=True, enforce_sorted=False)
-
-    def prepared(self, call: Callable[..., Tensor], parameters: list[Tensor]) -> Prepared:
-        """`call` of the packed inputs gives the packed states."""
-        inputs = self.inputs
-        leaves = inputs.padded_leaves()
-        unpad = comparing(inputs.inputs, unpadding(inputs.mask), range(1, 1 + inputs.inputs))
-
-        def forward() -> Tensor:
-            return call(*(self._pack(x if x.dim() == 3 else x.unsqueeze(2)) for x in leaves))
-
-        def comparable(result: Sequence[Tensor]) -> list[Tensor]:
-            states = torch.zeros_like(inputs.grad).index_copy(0, self.rows, result[0])
-            return unpad([states, *result[1:]])
-
-        return Prepared(forward, [*leaves, *parameters], inputs.grad[self.rows], comparable)
+def _check_steps(inputs: Inputs) -> None:
+    if inputs.max_length > UNROLLED:
+        raise NotImplementedError(f"torch.compile unrolls {inputs.max_length} steps, which takes it minutes")
 
 
 PROVIDERS: dict[str, Callable[[Inputs], Prepared]] = {
     "recattn": recattn,
     "eager": eager,
+    "eager_jagged": eager_jagged,
     "compile": compiled,
-    "torch_gru": torch_gru,
-    "deepctr_torch": deepctr_torch,
+    "compile_jagged": compiled_jagged,
 }

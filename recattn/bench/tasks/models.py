@@ -19,7 +19,7 @@ from recattn.bench.histories import FROM_LOG, HistoryCase, draw_batch, draw_leng
 from recattn.bench.task import Prepared, Setting, Task, comparing
 from recattn.data import Batch
 from recattn.data.synthetic import random_batch
-from recattn.models import MODELS, RankingModel
+from recattn.models import DIEN, MODELS, RankingModel
 
 IDS = {"num_users": 1000, "num_items": 2000, "num_categories": 50}
 
@@ -99,16 +99,29 @@ def eager(inputs: Inputs) -> Prepared:
     return _prepared(inputs, "eager", inputs.setting.dtype)
 
 
-def _prepared(inputs: Inputs, implementation: str, dtype: torch.dtype) -> Prepared:
+def compiled(inputs: Inputs) -> Prepared:
+    """The same through `torch.compile`, for exactly these shapes; it breaks off where the model reads lengths."""
+    if isinstance(inputs.model, DIEN):
+        raise NotImplementedError("torch.compile unrolls the steps of a recurrence, which takes it minutes")
+    return _prepared(inputs, "eager", inputs.setting.dtype, partial(torch.compile, dynamic=False))
+
+
+def _prepared(
+    inputs: Inputs,
+    implementation: str,
+    dtype: torch.dtype,
+    through: Callable[[Callable[..., Tensor]], Callable[..., Tensor]] = lambda function: function,
+) -> Prepared:
     """A copy of the model, which each call finds with the same random numbers ahead."""
     model = copy.deepcopy(inputs.model).to(dtype).use(implementation)
     fields: dict[str, Any] = {**vars(inputs.batch), "label": inputs.batch.label.to(dtype)}
     batch = Batch(**fields)
     optimizer = torch.optim.Adam(model.parameters())
+    predicted, loss_of = through(model.__call__), through(model.loss)
 
     def loss() -> Tensor:
         torch.manual_seed(inputs.setting.seed)
-        return model.loss(batch)
+        return loss_of(batch)
 
     def step() -> Tensor:
         optimizer.zero_grad()
@@ -117,8 +130,8 @@ def _prepared(inputs: Inputs, implementation: str, dtype: torch.dtype) -> Prepar
         optimizer.step()
         return value.detach()
 
-    infer = partial(model, batch)
+    infer = partial(predicted, batch)
     return Prepared(loss, list(model.parameters()), None, comparing(0), infer=infer, step=step)
 
 
-PROVIDERS = {"recattn": recattn, "eager": eager}
+PROVIDERS = {"recattn": recattn, "eager": eager, "compile": compiled}

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from recattn import functional, reference
-from recattn.bench.peers import import_peer
+from recattn.bench.layers.pairwise_pool import LAYERS
 from recattn.bench.task import Case, Prepared, Setting, Task, Work, comparing, leaves_of
 
 
@@ -103,33 +103,9 @@ def _prepared(inputs: Inputs, function: Callable[..., Any], dtype: torch.dtype |
     return Prepared(partial(function, *leaves), leaves, inputs.grad.to(dtype), comparing(1))
 
 
-def deepctr_torch(inputs: Inputs) -> Prepared:
-    """DeepCTR-Torch's `AFMLayer`, whose last projection is made the identity, so that it gives what is pooled.
-
-    Raises:
-        ModuleNotFoundError: where it is not installed.
-    """
-    case = inputs.case
-    layer = import_peer("deepctr_torch.layers").AFMLayer(case.dim, case.hidden)
-    layer.to(inputs.grad.device, inputs.grad.dtype)
-    (fields,) = leaves_of(inputs.tensors[0])
-    weight, bias, projection = inputs.tensors[1:]
-    layer.projection_p = nn.Parameter(torch.eye(case.dim).to(inputs.grad), requires_grad=False)
-    parameters = [layer.attention_W, layer.attention_b, layer.projection_h]
-    with torch.no_grad():
-        for parameter, value in zip(parameters, (weight.T, bias, projection.unsqueeze(1)), strict=True):
-            parameter.copy_(value)
-    parts = comparing(1)
-
-    def comparable(result: Sequence[Tensor]) -> list[Tensor]:
-        return parts(result if len(result) == 1 else [*result[:2], result[2].T, *result[3:]])
-
-    return Prepared(lambda: layer(fields.split(1, 1)), [fields, *parameters], inputs.grad, comparable)
-
-
 PROVIDERS: dict[str, Callable[[Inputs], Prepared]] = {
     "recattn": recattn,
     "eager": eager,
     "compile": compiled,
-    "deepctr_torch": deepctr_torch,
+    **LAYERS,
 }

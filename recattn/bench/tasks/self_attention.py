@@ -13,6 +13,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from recattn import functional, reference
 from recattn.bench.histories import FROM_LOG, HistoryCase, draw_histories, longest_of, unpadding, valid
+from recattn.bench.layers.self_attention import LAYERS
 from recattn.bench.task import Prepared, Setting, Task, Work, comparing, leaves_of
 from recattn.jagged import Jagged
 
@@ -124,6 +125,33 @@ def compiled(inputs: Inputs) -> Prepared:
     return eager(inputs, torch.compile(reference.self_attention_padded, dynamic=False, fullgraph=True))
 
 
+def by_pair(q: Tensor, k: Tensor, v: Tensor, pairs: tuple[Tensor, Tensor], heads: int) -> Tensor:
+    """Over the valid positions only: a row for each pair of them, reduced by its query."""
+    (query, key), (q, k, v) = pairs, (x.unflatten(1, (heads, -1)) for x in (q, k, v))  # [T, H, d]
+    s = (q[query] * k[key]).sum(2) * q.shape[2] ** -0.5  # [P, H]
+    where = query.unsqueeze(1).expand_as(s)
+    top = s.new_full(q.shape[:2], -torch.inf).scatter_reduce(0, where, s.detach(), "amax")
+    a = (s - top[query]).exp()
+    a = a / torch.zeros_like(top).index_add(0, query, a)[query]
+    return torch.zeros_like(v).index_add(0, query, a.unsqueeze(2) * v[key]).flatten(1)
+
+
+def eager_jagged(inputs: Inputs, function: Callable[..., Any] = by_pair) -> Prepared:
+    """PyTorch code over the valid positions only."""
+    leaves, heads, items = leaves_of(*inputs.jagged), inputs.case.heads, inputs.items
+    lengths, sequence = items.lengths, items.segment_ids()
+    partners = lengths[sequence]  # of each position
+    query = torch.arange(len(sequence), device=sequence.device).repeat_interleave(partners)
+    behind = torch.arange(len(query), device=query.device) - (partners.cumsum(0) - partners)[query]
+    pairs = query, items.offsets[sequence][query] + behind
+    return Prepared(lambda: function(*leaves, pairs, heads), leaves, inputs.grad)
+
+
+def compiled_jagged(inputs: Inputs) -> Prepared:
+    """The same through `torch.compile`, for exactly this many pairs."""
+    return eager_jagged(inputs, torch.compile(by_pair, dynamic=False, fullgraph=True))
+
+
 def sdpa(inputs: Inputs) -> Prepared:
     """PyTorch's `scaled_dot_product_attention` on the padded batch."""
     leaves, heads = inputs.padded(), inputs.case.heads
@@ -158,7 +186,10 @@ def nested(inputs: Inputs) -> Prepared:
 PROVIDERS: dict[str, Callable[[Inputs], Prepared]] = {
     "recattn": recattn,
     "eager": eager,
+    "eager_jagged": eager_jagged,
     "compile": compiled,
+    "compile_jagged": compiled_jagged,
     "sdpa": sdpa,
     "nested": nested,
+    **LAYERS,
 }

@@ -13,6 +13,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from recattn import functional, reference
 from recattn.bench.histories import FROM_LOG, HistoryCase, draw_histories, longest_of, unpadding, valid
+from recattn.bench.layers.target_attention import LAYERS
 from recattn.bench.task import Prepared, Setting, Task, Work, comparing, leaves_of
 from recattn.jagged import Jagged, offsets_of
 
@@ -174,6 +175,26 @@ def sdpa(inputs: Inputs) -> Prepared:
     return inputs.of_padded(forward, leaves)
 
 
+def nested(inputs: Inputs) -> Prepared:
+    """PyTorch's `scaled_dot_product_attention` on nested tensors, layout torch.jagged, of targets and of histories."""
+    leaves, heads = leaves_of(inputs.query, inputs.keys.values, inputs.values), inputs.case.heads
+    targets = inputs.query_offsets
+    if targets is None:
+        targets = torch.arange(inputs.query.shape[0] + 1, device=inputs.query.device)
+    layouts = ((targets, inputs.case.candidates), *[(inputs.keys.offsets, inputs.max_length)] * 2)
+
+    def forward() -> Tensor:
+        q, k, v = (
+            torch.nested.nested_tensor_from_jagged(x, offsets, max_seqlen=longest)
+            .unflatten(-1, (heads, -1))
+            .transpose(1, 2)
+            for x, (offsets, longest) in zip(leaves, layouts, strict=True)
+        )
+        return scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(-2).values()
+
+    return Prepared(forward, leaves, inputs.grad)
+
+
 PROVIDERS: dict[str, Callable[[Inputs], Prepared]] = {
     "recattn": recattn,
     "eager": eager,
@@ -181,4 +202,6 @@ PROVIDERS: dict[str, Callable[[Inputs], Prepared]] = {
     "compile": compiled,
     "compile_jagged": compiled_jagged,
     "sdpa": sdpa,
+    "nested": nested,
+    **LAYERS,
 }
