@@ -21,6 +21,8 @@ SWEPT: dict[str, Case] = {
     operator.SWEPT.op: operator.SWEPT for operator in OPERATORS if operator is not models
 }  # what `recattn profile` varies
 
+ALWAYS = ("small", "small-full")  # tiny widths and full histories, where plain code may win: in every run
+
 
 def select_cases(
     names: Sequence[str] | None, ops: Sequence[str] | None = None, *, from_log: bool, quick: bool
@@ -41,7 +43,7 @@ def select_cases(
             for case in CASES
             if (not ops or case.op in ops)
             and (case.quick or not quick)
-            and (case.needs_log == from_log or case.op == pairwise_pool.SWEPT.op)
+            and (case.needs_log == from_log or case.op == pairwise_pool.SWEPT.op or case.name in ALWAYS)
         ]
     by_name = {case.name: case for case in CASES}
     for name in names:
