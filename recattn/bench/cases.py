@@ -28,7 +28,7 @@ def select_cases(
     names: Sequence[str] | None, ops: Sequence[str] | None = None, *, from_log: bool, quick: bool
 ) -> list[Case]:
     """The cases by name; or else all those of some operators, or of all: with a log those that take its histories, and
-    those that have none.
+    those that have none; and `ALWAYS`.
 
     Raises:
         ValueError: for a name that does not exist, or that needs a log when there is none.
