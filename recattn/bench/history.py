@@ -79,12 +79,14 @@ def moved_speedups(runs: Sequence[dict[str, Any]], measured: Sequence[Measuremen
     """Of how many times as long as recattn's calls those of others take, what changed by more than a tenth, with the
     bounds of both apart. The machine's state falls on both, and so it does less to this than to times."""
     for name, old, _, m in _both(runs, measured):
-        bounds = (old.get("relative_low"), old.get("relative_high"), m.relative_low, m.relative_high)
-        if m.provider == OWN or m.relative is None or None in bounds:
+        low, high = old.get("relative_low"), old.get("relative_high")
+        if m.provider == OWN or m.relative is None or m.relative_low is None or m.relative_high is None:
             continue
-        low, high, new_low, new_high = bounds
+        if low is None or high is None:
+            continue
         factor = m.relative / old["relative"]
-        if (new_low > high or new_high < low) and max(factor, 1 / factor) > 1 + MOVED:
+        apart = m.relative_low > high or m.relative_high < low
+        if apart and max(factor, 1 / factor) > 1 + MOVED:
             yield Moved(name, f"{old['relative']:.2f}×", f"{m.relative:.2f}×", factor)
 
 
