@@ -80,6 +80,7 @@ def test_quick_is_a_part_of_all_cases_with_and_without_a_log():
         quick = select_cases(None, from_log=from_log, quick=True)
         assert 0 < len(quick) < len(every)
         assert set(quick) < set(every)
+        assert {"small", "small-full"} <= {case.name for case in quick}
     assert len({case.name for case in CASES}) == len(CASES)
 
 

@@ -61,10 +61,38 @@ def test_a_failure_that_is_new_or_gone_has_moved(tmp_path: Path):
     assert list(history.moved(runs, [failed])) == []
 
 
+@pytest.mark.parametrize(
+    ("new", "factor"),
+    [
+        ((3.0, 2.9, 3.1), 1.5),
+        ((1.0, 0.9, 1.1), 0.5),
+        ((2.15, 2.12, 2.18), None),  # apart, but within a tenth
+        ((3.0, 2.05, 3.5), None),  # bounds overlap
+        ((None, None, None), None),
+    ],
+)
+def test_a_speed_up_moved_if_by_more_than_a_tenth_with_bounds_apart(
+    tmp_path: Path, new: tuple[float, float, float], factor: float | None
+):
+    def with_ratio(relative, low, high):
+        return replace(OLD, provider="eager", relative=relative, relative_low=low, relative_high=high)
+
+    runs = written(tmp_path / "h.jsonl", with_ratio(2.0, 1.9, 2.1))
+    found = [change.factor for change in history.moved_speedups(runs, [with_ratio(*new)])]
+    assert found == ([] if factor is None else [pytest.approx(factor)])
+    said = history.compare(tmp_path, runs, [with_ratio(*new)], "here")
+    assert ("eager, over recattn: 2.00× -> " in said) == (factor is not None)
+    old = [
+        {**run, "records": [{k: v for k, v in r.items() if "_low" not in k} for r in run["records"]]}
+        for run in runs
+    ]
+    assert not list(history.moved_speedups(old, [with_ratio(*new)]))
+
+
 def test_a_comparison_says_what_moved_or_that_nothing_did(tmp_path: Path):
     path = tmp_path / "h.jsonl"
     runs = written(path, OLD)
-    assert "Nothing moved" in history.compare(path, runs, [OLD], "here")
+    assert "No time moved" in history.compare(path, runs, [OLD], "here")
     said = history.compare(path, runs, [replace(OLD, ms=20.0, ms_p20=19.0, ms_p80=21.0)], "there")
     assert "op, case, inference, recattn: 10 ms -> 20 ms, 2.00× slower" in said
     assert "on another machine: here" in said

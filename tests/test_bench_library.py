@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from swap_cases import import_or_skip
 
 from recattn import cli
 from recattn.bench import library
 from recattn.bench.libraries import LIBRARIES, Sizes
 from recattn.bench.timing import HostMeter
+from recattn.swap import Report
 
 MODELS = [(name, model) for name, (models, _) in LIBRARIES.items() for model in models]
 
@@ -35,7 +38,32 @@ def test_a_fused_model_learns_the_same(name: str, model: str) -> None:
     assert all(row.swapped for row in report)
     assert [c.mode for c in compared] == ["predict", "fit step"]
     assert max(c.difference for c in compared) < 1e-4
+    assert all((c.faster_by or 0) > 0 for c in compared)
     assert all(c.own_ms > 0 and c.fused_ms > 0 and c.fused_bytes > 0 for c in compared)
+
+
+@pytest.mark.parametrize(("semantics", "refused"), [("exact", True), ("valid", False)])
+@pytest.mark.filterwarnings("ignore")
+def test_there_is_no_speed_up_where_the_fused_model_is_to_compute_the_same_and_does_not(
+    semantics: str, refused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import_or_skip("deepctr_torch.models.din")
+
+    def fuse(model: torch.nn.Module, **_: str) -> Report:
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(1.1)
+        return Report(())
+
+    monkeypatch.setattr(library, "fuse", fuse)
+    sizes = Sizes(batch=8, longest=5, dim=4, items=20, users=10)
+    _, compared = library.compare(
+        "deepctr-torch", "DIN", sizes, HostMeter(), semantics=semantics, budget=0.0, rounds=(1, 1)
+    )
+    assert all((c.faster_by is None) == refused and c.difference > 1e-3 for c in compared)
+    console = Console(width=130, file=StringIO())
+    console.print(library.table(compared))
+    assert ("differs" in console.file.getvalue()) == refused
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -1,4 +1,5 @@
 from io import StringIO
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -7,7 +8,7 @@ from rich.console import Console
 from recattn.bench import report
 from recattn.bench.measure import RECORD, Measurement
 from recattn.bench.report import Section
-from recattn.bench.roofline import Peaks, measured_peaks, peaks_of
+from recattn.bench.roofline import Peaks, chip_of, measured_peaks, peaks_of
 from recattn.bench.task import Work
 from recattn.bench.timing import HostMeter
 
@@ -31,6 +32,28 @@ def test_peaks_of_a_device_without_a_data_sheet_are_measured():
     assert peaks.source == "measured"
     assert peaks.bandwidth == pytest.approx(2 * (64 << 20) / 2e-3)
     assert peaks_of(torch.device("cpu"), torch.float32).rate > 0
+
+
+@pytest.mark.parametrize(
+    ("name", "multiprocessors", "gib", "expected"),
+    [
+        ("NVIDIA H100 80GB HBM3", 132, 79.1, "sm_90"),
+        ("NVIDIA H100 PCIe", 114, 79.1, None),
+        ("NVIDIA H100 NVL", 132, 93.1, None),
+        ("NVIDIA A100-SXM4-80GB", 108, 79.2, "sm_80"),
+        ("NVIDIA A100-SXM4-40GB", 108, 39.4, None),
+        ("NVIDIA L40S", 142, 44.4, "sm_89"),
+        ("NVIDIA GeForce RTX 3090 Ti", 84, 23.7, None),
+        ("AMD Instinct MI300X", 304, 191.98, "gfx942"),
+        ("NVIDIA GeForce RTX 2080", 46, 7.8, None),
+    ],
+)
+def test_a_data_sheet_counts_for_just_the_build_that_it_is_of(
+    name: str, multiprocessors: int, gib: float, expected: str | None
+):
+    total = int(gib * 2**30)
+    found = chip_of(SimpleNamespace(name=name, multi_processor_count=multiprocessors, total_memory=total))
+    assert (found and found.arch) == expected
 
 
 def test_backward_counts_two_passes_more():

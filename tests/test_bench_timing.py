@@ -8,6 +8,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from recattn.bench.measure import measure
+from recattn.bench.task import Setting
+from recattn.bench.tasks.activation_unit import ActivationUnit
 from recattn.bench.timing import (
     PRECISION,
     AcceleratorMeter,
@@ -318,6 +321,40 @@ def test_a_graph_is_captured_once_after_calls_on_another_stream_and_then_replaye
     runtime.log.clear()
     meter.milliseconds(run)
     assert runtime.log == ["synchronize", "record", "replay", "record", "wait"]
+
+
+class Ticking(FakeRuntime):
+    """A device on whose clock something happens between any two events, and whose memory is that of a call's result."""
+
+    def Event(self, enable_timing: bool) -> SimpleNamespace:
+        event = super().Event(enable_timing)
+        record = event.record
+
+        def tick() -> None:
+            self.clock += 2.0
+            self.peak += 50
+            record()
+
+        event.record = tick
+        return event
+
+    def max_memory_allocated(self, _device: object) -> int:
+        return self.peak + 100
+
+
+@pytest.mark.parametrize("cold", [False, True])
+def test_a_case_is_measured_on_a_device_by_its_events_and_its_allocator(cold: bool):
+    runtime = Ticking()
+    runtime.get_device_properties = lambda _: SimpleNamespace(L2_cache_size=64)
+    meter = AcceleratorMeter(torch.device("cpu"), cold=cold, runtime=runtime)
+    case = ActivationUnit("tiny", batch=4, max_length=5, dim=4, hidden=(3,))
+    task = case.task(Setting(torch.device("cpu")))
+    rows = measure(task, meter, providers=["recattn", "eager"], budget=0, rounds=(3, 3))
+    assert [(m.mode, m.provider) for m in rows] == [
+        (mode, p) for mode in case.modes for p in ("recattn", "eager")
+    ]
+    for m in rows:
+        assert (m.error, m.ms, m.first_ms, m.relative, m.peak_bytes) == (None, 2.0, 2.0, 1.0, 100)
 
 
 def test_running_out_of_memory_is_told_from_other_failures():

@@ -21,12 +21,14 @@ SWEPT: dict[str, Case] = {
     operator.SWEPT.op: operator.SWEPT for operator in OPERATORS if operator is not models
 }  # what `recattn profile` varies
 
+ALWAYS = ("small", "small-full")  # tiny widths and full histories, where plain code may win: in every run
+
 
 def select_cases(
     names: Sequence[str] | None, ops: Sequence[str] | None = None, *, from_log: bool, quick: bool
 ) -> list[Case]:
     """The cases by name; or else all those of some operators, or of all: with a log those that take its histories, and
-    those that have none.
+    those that have none; and `ALWAYS`.
 
     Raises:
         ValueError: for a name that does not exist, or that needs a log when there is none.
@@ -41,7 +43,7 @@ def select_cases(
             for case in CASES
             if (not ops or case.op in ops)
             and (case.quick or not quick)
-            and (case.needs_log == from_log or case.op == pairwise_pool.SWEPT.op)
+            and (case.needs_log == from_log or case.op == pairwise_pool.SWEPT.op or case.name in ALWAYS)
         ]
     by_name = {case.name: case for case in CASES}
     for name in names:

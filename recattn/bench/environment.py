@@ -32,7 +32,7 @@ def details(device: torch.device, dtype: torch.dtype) -> dict[str, str]:
     """Hardware, driver, versions and clocks, as far as they can be found out."""
     found = {
         "device": machine(device),
-        "driver, clock now, highest clock": _nvidia(device) if device.type == "cuda" else None,
+        "driver, clock now, highest clock": _driver(device) if device.type == "cuda" else None,
         "CPU": f"{_cpu_model()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads used",
         "CPU clock now": _cpu_clock(),
         "load average": ", ".join(f"{x:.1f}" for x in os.getloadavg()) if hasattr(os, "getloadavg") else None,
@@ -61,8 +61,11 @@ def commit() -> str | None:
     return described if inside else None
 
 
-def _nvidia(device: torch.device) -> str | None:
+def _driver(device: torch.device) -> str | None:
     index = str(device.index or 0)
+    if torch.version.hip is not None:
+        table = _output("rocm-smi", "-d", index, "--showdriverversion", "--showclocks", "--csv")
+        return None if table is None else "; ".join(line for line in table.splitlines() if line)
     query = "--query-gpu=driver_version,clocks.sm,clocks.max.sm"
     return _output("nvidia-smi", "-i", index, query, "--format=csv,noheader")
 

@@ -10,7 +10,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from recattn.bench.measure import Measurement
+from recattn.bench.measure import OWN, Measurement
 
 MOVED = 0.1  # smaller changes than this part are noise
 KEY = ("op", "case", "provider", "mode", "device", "dtype")
@@ -64,13 +64,7 @@ class Moved(NamedTuple):
 def moved(runs: Sequence[dict[str, Any]], measured: Sequence[Measurement]) -> Iterator[Moved]:
     """What changed since the latest of the runs that have it: medians by more than a tenth, with p20 to p80 of both
     apart, or that something fails, or fails no more."""
-    before = {tuple(record[k] for k in KEY): record for run in runs for record in run["records"]}
-    for m in measured:
-        new = asdict(m)
-        old = before.get(tuple(new[k] for k in KEY))
-        if old is None:
-            continue
-        name = ", ".join(new[k] for k in ("op", "case", "mode", "provider"))
+    for name, old, new, m in _both(runs, measured):
         if old["ms"] is None or m.ms is None:
             if (old["ms"] is None) != (m.ms is None):
                 yield Moved(name, _words(old), _words(new), None)
@@ -79,6 +73,33 @@ def moved(runs: Sequence[dict[str, Any]], measured: Sequence[Measurement]) -> It
         factor = m.ms / old["ms"]
         if apart and max(factor, 1 / factor) > 1 + MOVED:
             yield Moved(name, _words(old), _words(new), factor)
+
+
+def moved_speedups(runs: Sequence[dict[str, Any]], measured: Sequence[Measurement]) -> Iterator[Moved]:
+    """Of how many times as long as recattn's calls those of others take, what changed by more than a tenth, with the
+    bounds of both apart. The machine's state falls on both, and so it does less to this than to times."""
+    for name, old, _, m in _both(runs, measured):
+        low, high = old.get("relative_low"), old.get("relative_high")
+        if m.provider == OWN or m.relative is None or m.relative_low is None or m.relative_high is None:
+            continue
+        if low is None or high is None:
+            continue
+        factor = m.relative / old["relative"]
+        apart = m.relative_low > high or m.relative_high < low
+        if apart and max(factor, 1 / factor) > 1 + MOVED:
+            yield Moved(name, f"{old['relative']:.2f}×", f"{m.relative:.2f}×", factor)
+
+
+def _both(
+    runs: Sequence[dict[str, Any]], measured: Sequence[Measurement]
+) -> Iterator[tuple[str, dict[str, Any], dict[str, Any], Measurement]]:
+    """The name, the latest record and the new one of what was measured before."""
+    before = {tuple(record[k] for k in KEY): record for run in runs for record in run["records"]}
+    for m in measured:
+        new = asdict(m)
+        old = before.get(tuple(new[k] for k in KEY))
+        if old is not None:
+            yield ", ".join(new[k] for k in ("op", "case", "mode", "provider")), old, new, m
 
 
 def _words(record: dict[str, Any]) -> str:
@@ -104,5 +125,9 @@ def compare(path: Path, runs: Sequence[dict[str, Any]], measured: Sequence[Measu
         middle = statistics.median(factors)
         lines.append(f"  Most moved alike, {middle:.2f}× in the median: look at the machine first.")
     if not changes:
-        lines.append("  Nothing moved by more than a tenth and beyond its spread.")
+        lines.append("  No time moved by more than a tenth and beyond its spread.")
+    speedups = list(moved_speedups(runs, measured))
+    lines += [f"  {change.name}, over recattn: {change.before} -> {change.after}" for change in speedups]
+    if not speedups:
+        lines.append("  No speed-up moved by more than a tenth and beyond what it is known to.")
     return "\n".join(lines)

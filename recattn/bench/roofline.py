@@ -51,7 +51,7 @@ def peaks_of(device: torch.device, dtype: torch.dtype) -> Peaks:
 @lru_cache
 def _peaks(device: torch.device, dtype: torch.dtype, threads: int, precision: str) -> Peaks:  # noqa: ARG001 (the key)
     if device.type == "cuda":
-        chip = _chip(torch.cuda.get_device_name(device))
+        chip = chip_of(torch.cuda.get_device_properties(device))
         if chip is not None:
             narrow = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(dtype)
             rate = chip.products(narrow or ("fp32" if precision == "highest" else "tf32"))
@@ -59,12 +59,20 @@ def _peaks(device: torch.device, dtype: torch.dtype, threads: int, precision: st
     return measured_peaks(meter_for(device), device, dtype)
 
 
-def _chip(name: str) -> Any:
-    """Of `recattn.inspect.chips`, that which a device's name contains."""
+def chip_of(properties: Any) -> Any:
+    """Of `recattn.inspect.chips`, that which a device is; None for another build of it, as with fewer multiprocessors
+    or another memory, whose rates differ."""
     if importlib.util.find_spec("recattn.inspect") is None:
         return None
     chips = importlib.import_module("recattn.inspect.chips").CHIPS
-    return next((chip for chip in chips.values() if chip.name.lower() in name.lower()), None)
+    for chip in chips.values():
+        if (
+            chip.name.lower() in properties.name.lower()
+            and chip.multiprocessors == properties.multi_processor_count
+            and abs(properties.total_memory / (chip.memory_gib << 30) - 1) < 0.12  # some of it is reserved
+        ):
+            return chip
+    return None
 
 
 def measured_peaks(meter: Meter, device: torch.device, dtype: torch.dtype) -> Peaks:

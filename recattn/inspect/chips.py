@@ -37,6 +37,7 @@ class Chip(NamedTuple):
     max_programs: int
     shared_memory: int  # bytes per multiprocessor
     program_shared_memory: int  # bytes that one program can have
+    memory_gib: int
     registers: int = 65536  # of 32 bits per multiprocessor; with hip, per lane of a SIMD unit
     reserved_shared_memory: int = 1024  # per program
     threads_per_warp: int = 32
@@ -85,12 +86,12 @@ K = 1 << 10
 CHIPS = {
     chip.arch: chip
     for chip in (
-        Chip("sm_80", "A100", 108, 1.41, 2.039, 312, 156, 19.5, 16, 64, 32, 164 * K, 163 * K),
-        Chip("sm_86", "RTX 3090", 82, 1.695, 0.936, 71, 35.6, 35.6, 16, 48, 16, 100 * K, 99 * K),
-        Chip("sm_89", "L40S", 142, 2.52, 0.864, 362, 183, 91.6, 16, 48, 24, 100 * K, 99 * K),
-        Chip("sm_90", "H100", 132, 1.83, 3.35, 989, 495, 67, 16, 64, 32, 228 * K, 227 * K),
-        Chip("sm_100", "B200", 148, 1.965, 7.7, 2250, 1125, 74.4, 16, 64, 32, 228 * K, 227 * K),
-        Chip("sm_120", "RTX 5090", 170, 2.407, 1.792, 209.5, 104.8, 104.8, 16, 48, 24, 100 * K, 99 * K),
+        Chip("sm_80", "A100", 108, 1.41, 2.039, 312, 156, 19.5, 16, 64, 32, 164 * K, 163 * K, 80),
+        Chip("sm_86", "RTX 3090", 82, 1.695, 0.936, 71, 35.6, 35.6, 16, 48, 16, 100 * K, 99 * K, 24),
+        Chip("sm_89", "L40S", 142, 2.52, 0.864, 362, 183, 91.6, 16, 48, 24, 100 * K, 99 * K, 48),
+        Chip("sm_90", "H100", 132, 1.83, 3.35, 989, 495, 67, 16, 64, 32, 228 * K, 227 * K, 80),
+        Chip("sm_100", "B200", 148, 1.965, 7.7, 2250, 1125, 74.4, 16, 64, 32, 228 * K, 227 * K, 180),
+        Chip("sm_120", "RTX 5090", 170, 2.407, 1.792, 209.5, 104.8, 104.8, 16, 48, 24, 100 * K, 99 * K, 32),
         Chip(
             "gfx942",
             "MI300X",
@@ -105,6 +106,7 @@ CHIPS = {
             32,
             64 * K,
             64 * K,
+            192,
             registers=512,
             reserved_shared_memory=0,
             threads_per_warp=64,

@@ -72,7 +72,7 @@ CASES = (
     ActivationUnit("narrow", False, 1024, 50, dim=32),
     ActivationUnit("long", True, 64, 1000),
     ActivationUnit("small", True, 256, 20, dim=16),
-    ActivationUnit("small-full", False, 256, 20, "equal", dim=16),
+    ActivationUnit("small-full", True, 256, 20, "equal", dim=16),
     # The attention of the public leaderboards' best DINs.
     ActivationUnit("wide", False, 1024, 100, dim=128, hidden=(512, 256), activation="relu"),
     ActivationUnit("candidates", False, 8, 200, candidates=100),
