@@ -68,33 +68,39 @@ def load_inputs(data, at, a, valid, first, COLUMNS: tl.constexpr, SPEC: tl.const
 
 @triton.constexpr_function
 def place(name, spec):
-    """Where a factor lies in a row of `[T, factors, H]`: of the gradients of the pre-activations, "r", "z" and "n", and
+    """Where a factor lies in a row of `[T, factors, pitch]`: of the gradients of the pre-activations, "r", "z" and "n", and
     "hidden" of what the reset gate scales; of the gradient of the attention, "score"; what is "kept", and the gate
     "reset"."""
-    return spec.factor_names.index(name) * spec.size
+    return spec.factor_names.index(name) * spec.pitch
 
 
 @triton.jit
 def load_factor(factors, row, valid, name: tl.constexpr, first, COLUMNS: tl.constexpr, SPEC: tl.constexpr):
     """`[rows, COLUMNS]` in float32."""
-    SIZE: tl.constexpr = get(SPEC, "size")
+    PITCH: tl.constexpr = get(SPEC, "pitch")
     pointer = factors + place(name, SPEC)
-    return load_rows(pointer, row, get(SPEC, "factors"), valid, SIZE, COLUMNS, first).to(tl.float32)
+    return load_rows(pointer, row, get(SPEC, "factors"), valid, PITCH, COLUMNS, first).to(tl.float32)
 
 
 @triton.jit
 def store_factor(factors, tile, row, valid, name: tl.constexpr, SPEC: tl.constexpr):
-    SIZE: tl.constexpr = get(SPEC, "size")
-    store_rows(factors + place(name, SPEC), tile, row, get(SPEC, "factors"), valid, SIZE)
+    PITCH: tl.constexpr = get(SPEC, "pitch")
+    store_rows(factors + place(name, SPEC), tile, row, get(SPEC, "factors"), valid, PITCH)
+
+
+@triton.jit
+def load_error(factors, dh, row, valid, name: tl.constexpr, first, SPEC: tl.constexpr):
+    """The gradient of a pre-activation where dh is that of the state: `[rows, columns]`."""
+    e = load_factor(factors, row, valid, name, first, dh.shape[1], SPEC)
+    if (name != "r") or get(SPEC, "reset_after"):
+        e = e * dh
+    return e
 
 
 @triton.jit
 def error(factors, dh, row, valid, name: tl.constexpr, first, SPEC: tl.constexpr):
-    """The gradient of a pre-activation where dh is that of the state, `[rows, columns]`, in the dtype of products."""
-    e = load_factor(factors, row, valid, name, first, dh.shape[1], SPEC)
-    if (name != "r") or get(SPEC, "reset_after"):
-        e = e * dh
-    return e.to(factors.dtype.element_ty)
+    """The same in the dtype of products."""
+    return load_error(factors, dh, row, valid, name, first, SPEC).to(factors.dtype.element_ty)
 
 
 # ------------------------------------------------------------------------------------------------ the cell
@@ -152,8 +158,8 @@ def recur(data, states, starts, factors, row, h, valid, acc, gate: tl.constexpr,
 
 @triton.jit
 def gates(data, states, starts, factors, row, inputs, h, valid, SPEC: tl.constexpr):
-    """The gates r, z (r again where there is none) and n, and what the reset gate scales: `[rows, units]`. Where the
-    reset gate comes before the product, it is stored."""
+    """The gates r, z (r again where there is none) and n, and what the reset gate scales: `[rows, units]`. Where slabs of
+    what the reset gate leaves are read, it is stored."""
     APPROX: tl.constexpr = get(SPEC, "approx")
     r = project(data, inputs, valid, both_biases(data, 0, SPEC), 0, SPEC)
     r = sigmoid(recur(data, states, starts, factors, row, h, valid, r, 0, SPEC), APPROX)
@@ -167,8 +173,8 @@ def gates(data, states, starts, factors, row, inputs, h, valid, SPEC: tl.constex
         n = project(data, inputs, valid, bias(data.bias_ih, 2, SPEC), 2, SPEC) + r * hidden
     else:
         hidden = h.to(tl.float32)
-        store_factor(factors, r, row, valid, "reset", SPEC)
         if get(SPEC, "slabs"):
+            store_factor(factors, r, row, valid, "reset", SPEC)
             tl.debug_barrier()  # other threads read it
         n = project(data, inputs, valid, both_biases(data, 2, SPEC), 2, SPEC)
         reset = (r * hidden).to(h.dtype)
@@ -232,6 +238,8 @@ def coefficients_kernel(data, states, starts, factors, SPEC: tl.constexpr):
         store_factor(factors, through * r, row, valid, "hidden", SPEC)
     else:
         store_factor(factors, slope, row, valid, "r", SPEC)
+        if not get(SPEC, "slabs"):
+            store_factor(factors, r, row, valid, "reset", SPEC)
     if get(SPEC, "keeps"):
         store_factor(factors, distance * z * (1 - z) * move_by_keep(a, SPEC), row, valid, "z", SPEC)
     if get(SPEC, "weighs"):
@@ -249,7 +257,9 @@ def back_through(
     PRECISION: tl.constexpr = get(SPEC, "precision")
     if get(SPEC, "slabs"):
         for first in tl.range(0, SIZE, SLAB, num_stages=1):
-            slab = load_rows(grads, row, SIZE, valid, SIZE, SLAB, first).to(tl.float32)
+            slab = load_rows(grads, row, get(SPEC, "pitch"), valid, get(SPEC, "pitch"), SLAB, first).to(
+                tl.float32
+            )
             w = weight(data.weight_ih, gate, first, 0, SLAB, COLUMNS, get(SPEC, "width"), SPEC)
             acc = dot(error(factors, slab, row, valid, name, first, SPEC), w, acc, PRECISION)
         return acc
@@ -276,7 +286,9 @@ def gradients_kernel(data, factors, grads, grad_inputs, grad_scores, SPEC: tl.co
     row = tl.program_id(0).to(tl.int64) * get(SPEC, "block") + tl.arange(0, get(SPEC, "block"))
     valid = row < tl.load(data.offsets + data.batch)
     at = source(data, row, valid, SPEC)
-    dh = load_rows(grads, row, SIZE, valid, SIZE, get(SPEC, "units")).to(tl.float32)
+    dh = load_rows(grads, row, get(SPEC, "pitch"), valid, get(SPEC, "pitch"), get(SPEC, "units")).to(
+        tl.float32
+    )
     grad = tl.zeros([get(SPEC, "block"), COLUMNS], tl.float32)
     grad = back_through(data, factors, grads, dh, row, valid, grad, "r", 0, SPEC)
     if get(SPEC, "keeps"):
@@ -298,90 +310,89 @@ def gradients_kernel(data, factors, grads, grad_inputs, grad_scores, SPEC: tl.co
 
 
 @triton.jit
-def load_operand(data, states, starts, factors, row, valid, gate, of_state: tl.constexpr, SPEC: tl.constexpr):
-    """What a gate's product reads: `[rows, units]`, or of the inputs `[rows, columns]`."""
-    if of_state:
-        UNITS: tl.constexpr = get(SPEC, "units")
-        h = load_before(data, states, starts, row, valid, 0, UNITS, SPEC)
-        if get(SPEC, "reset_after"):
-            return h
-        else:
-            r = load_factor(factors, row, valid & (gate == 2), "reset", 0, UNITS, SPEC)
-            return tl.where(gate == 2, r * h.to(tl.float32), h.to(tl.float32)).to(h.dtype)
-    else:
-        at = source(data, row, valid, SPEC)
-        a = load_attention(data, row, at, valid, SPEC)
-        return load_inputs(data, at, a, valid, 0, get(SPEC, "columns"), SPEC)
-
-
-@triton.jit
-def error_place(gate, of_state: tl.constexpr, SPEC: tl.constexpr):
-    """Where the factor of a gate lies. Behind the reset gate, the candidate's product with the state has its own."""
-    candidate: tl.constexpr = "hidden" if of_state and get(SPEC, "reset_after") else "n"
-    offset = tl.where(gate == 0, place("r", SPEC), place(candidate, SPEC))
-    if get(SPEC, "keeps"):
-        offset = tl.where(gate == 1, place("z", SPEC), offset)
-    return offset
+def accumulate(e, operand, acc, SPEC: tl.constexpr):
+    """Adds eᵀ times what a product read: `[units, columns]`."""
+    return dot(tl.trans(e.to(operand.dtype)), operand, acc, get(SPEC, "precision"))
 
 
 @triton.jit
 def sum_products(
-    data,
-    states,
-    starts,
-    factors,
-    grads,
-    weights,
-    biases,
-    begin,
-    end,
-    gate,
-    of_state: tl.constexpr,
-    SPEC: tl.constexpr,
-):
-    """The rows from begin to end of a gate's weight gradient and bias gradient."""
+    data, states, starts, factors, grads, weights, biases, begin, end, name: tl.constexpr, gate: tl.constexpr,
+    of_inputs: tl.constexpr, of_states: tl.constexpr, SPEC: tl.constexpr,
+):  # fmt: skip
+    """The rows from begin to end of a gate's gradients: its weights and biases for inputs, for states, or for both."""
     SIZE: tl.constexpr = get(SPEC, "size")
+    WIDTH: tl.constexpr = get(SPEC, "width")
     UNITS: tl.constexpr = get(SPEC, "units")
+    COLUMNS: tl.constexpr = get(SPEC, "columns")
     BLOCK: tl.constexpr = get(SPEC, "block")
-    WIDTH: tl.constexpr = SIZE if of_state else get(SPEC, "width")
-    COLUMNS: tl.constexpr = UNITS if of_state else get(SPEC, "columns")
-    factor = factors + error_place(gate, of_state, SPEC)
-    acc = tl.zeros([UNITS, COLUMNS], tl.float32)
+    # Behind the reset gate, the candidate's product with the state has a gradient of its own.
+    apart: tl.constexpr = (gate == 2) and get(SPEC, "reset_after")
+    by_inputs = tl.zeros([UNITS, COLUMNS], tl.float32)
+    by_states = tl.zeros([UNITS, UNITS], tl.float32)
     total = tl.zeros([BLOCK, UNITS], tl.float32)  # summed over rows at last
+    hidden_total = tl.zeros([BLOCK, UNITS], tl.float32)
     for start in range(begin, end, BLOCK):
         row = start + tl.arange(0, BLOCK)
         valid = row < end
-        e = load_rows(factor, row, get(SPEC, "factors"), valid, SIZE, UNITS).to(tl.float32)
-        linear = load_rows(grads, row, SIZE, valid, SIZE, UNITS).to(tl.float32) * e
-        if get(SPEC, "reset_after"):
-            e = linear
-        else:
-            e = tl.where(gate == 0, e, linear)
-        operand = load_operand(data, states, starts, factors, row, valid, gate, of_state, SPEC)
-        acc = dot(tl.trans(e.to(operand.dtype)), operand, acc, get(SPEC, "precision"))
-        total += e
+        dh = load_rows(grads, row, get(SPEC, "pitch"), valid, get(SPEC, "pitch"), UNITS).to(tl.float32)
+        if of_inputs or not apart:
+            e = load_error(factors, dh, row, valid, name, 0, SPEC)
+            total += e
+        if of_inputs:
+            at = source(data, row, valid, SPEC)
+            a = load_attention(data, row, at, valid, SPEC)
+            x = load_inputs(data, at, a, valid, 0, COLUMNS, SPEC)
+            by_inputs = accumulate(e, x, by_inputs, SPEC)
+        if of_states:
+            h = load_before(data, states, starts, row, valid, 0, UNITS, SPEC)
+            if apart:
+                e = load_error(factors, dh, row, valid, "hidden", 0, SPEC)
+                hidden_total += e
+            elif gate == 2:
+                h = (load_factor(factors, row, valid, "reset", 0, UNITS, SPEC) * h.to(tl.float32)).to(h.dtype)
+            by_states = accumulate(e, h, by_states, SPEC)
     unit = tl.arange(0, UNITS)
-    store_rows(weights + gate * SIZE * WIDTH, acc, unit, WIDTH, unit < SIZE, WIDTH)
-    tl.store(biases + gate * SIZE + unit, tl.sum(total, 0), mask=unit < SIZE)
+    if of_inputs:
+        store_rows(weights + gate * SIZE * WIDTH, by_inputs, unit, WIDTH, unit < SIZE, WIDTH)
+        tl.store(biases + gate * SIZE + unit, tl.sum(total, 0), mask=unit < SIZE)
+    if of_states:
+        weights += 3 * SIZE * WIDTH
+        store_rows(weights + gate * SIZE * SIZE, by_states, unit, SIZE, unit < SIZE, SIZE)
+        hidden_total = hidden_total if apart else total
+        tl.store(biases + (3 + gate) * SIZE + unit, tl.sum(hidden_total, 0), mask=unit < SIZE)
+
+
+@triton.jit
+def sum_gate(
+    data, states, starts, factors, grads, weights, biases, begin, end, name: tl.constexpr, gate: tl.constexpr,
+    SPEC: tl.constexpr,
+):  # fmt: skip
+    if get(SPEC, "both"):
+        sum_products(
+            data, states, starts, factors, grads, weights, biases, begin, end, name, gate, True, True, SPEC
+        )
+    else:
+        sum_products(
+            data, states, starts, factors, grads, weights, biases, begin, end, name, gate, True, False, SPEC
+        )
+        sum_products(
+            data, states, starts, factors, grads, weights, biases, begin, end, name, gate, False, True, SPEC
+        )
 
 
 @triton.jit
 def weights_kernel(data, states, starts, factors, grads, weights, biases, share, SPEC: tl.constexpr):
-    """One program per part of the rows, and gate of `weight_ih` or of `weight_hh`."""
+    """One program per part of the rows, and gate."""
     SIZE: tl.constexpr = get(SPEC, "size")
-    WIDTH: tl.constexpr = get(SPEC, "width")
     part = tl.program_id(0).to(tl.int64)
     begin = part * share
     end = tl.minimum(begin + share, tl.load(data.offsets + data.batch).to(tl.int64))
-    weights += part * 3 * SIZE * (WIDTH + SIZE)
+    weights += part * 3 * SIZE * (get(SPEC, "width") + SIZE)
     biases += part * 6 * SIZE
-    gate = tl.program_id(1)
-    if gate % 3 != 1 or get(SPEC, "keeps"):
-        if gate < 3:
-            sum_products(data, states, starts, factors, grads, weights, biases, begin, end, gate, False, SPEC)
-        else:
-            weights += 3 * SIZE * WIDTH
-            biases += 3 * SIZE
-            sum_products(
-                data, states, starts, factors, grads, weights, biases, begin, end, gate - 3, True, SPEC
-            )
+    if tl.program_id(1) == 0:
+        sum_gate(data, states, starts, factors, grads, weights, biases, begin, end, "r", 0, SPEC)
+    elif tl.program_id(1) == 1:
+        sum_gate(data, states, starts, factors, grads, weights, biases, begin, end, "n", 2, SPEC)
+    elif get(SPEC, "keeps"):
+        sum_gate(data, states, starts, factors, grads, weights, biases, begin, end, "z", 1, SPEC)
