@@ -27,7 +27,8 @@ from .arguments import get
 from .attentional_gru import SEQUENCES, prepare, specialize, step_options
 from .attentional_gru_cell import held_weight, load_tile, sequences_of, store_tile, weight_of
 from .attentional_gru_reverse_mma import reverse_mma_kernel
-from .attentional_gru_rows import coefficients_kernel, gradients_kernel, place, weights_kernel
+from .attentional_gru_rows import coefficients_kernel, gradients_kernel, place
+from .attentional_gru_weights import weights_kernel
 from .primitives import dot
 
 # Rows of a tile and warps of the passes over tokens, by precision, and whether inputs or states are above 64 wide.
@@ -55,6 +56,8 @@ WEIGHTS = {
     ("ieee", False): (32, 8),
     ("ieee", True): (16, 8),
 }
+# Programs per multiprocessor of passes that keep weights on chip from tile to tile, in 16 bits up to 64 wide.
+RESIDENT = 2
 BOTH = (("half", False), ("tf32", False))  # which sum a gate's products with inputs and states at once
 LEAST_ROWS, MOST_PARTS = 1024, 64  # of a program that sums over rows; of the programs
 
@@ -191,10 +194,14 @@ def backward(
 
         def passes(table: dict[tuple[str, bool], tuple[int, int]]) -> dict[str, Any]:
             block, warps = table[kind]
-            return {"SPEC": replace(scan, block=block, both=kind in BOTH), "num_warps": warps}
+            spec = replace(scan, block=block, both=kind in BOTH, resident=kind == ("half", False))
+            return {"SPEC": spec, "num_warps": warps}
 
         def tiles(table: dict[tuple[str, bool], tuple[int, int]]) -> tuple[int]:
-            return (triton.cdiv(rows, table[kind][0]),)
+            count = triton.cdiv(rows, table[kind][0])
+            if kind == ("half", False):
+                count = min(count, RESIDENT * settings.multiprocessors(states.device))
+            return (count,)
 
         upstream, final = (grads if g is None else g.contiguous() for g in (grad_states, grad_last))
         coefficients_kernel[tiles(COEFFICIENTS)](data, states, starts, factors, **passes(COEFFICIENTS))

@@ -53,9 +53,8 @@ class Spec:
     block: int  # sequences or rows per program
     upstream: bool = False  # whether the states have a gradient
     final: bool = False  # whether the last ones have
-    both: bool = (
-        False  # whether registers hold the sums of a gate's products with inputs and with states at once
-    )
+    resident: bool = False  # whether passes over tokens keep weights on chip, for more tiles than one
+    both: bool = False  # whether registers hold the sums of a gate's products with inputs and states at once
     scatter: bool = False  # whether gradients go to the rows of the inputs, else to positions
 
     @property
@@ -91,8 +90,8 @@ class Spec:
 
     @property
     def pitch(self) -> int:
-        """The size of the state as factors and gradients of states have it: even, so that two units are one load. Behind
-        an odd size, gradients are 0 and factors are finite."""
+        """The size of the state as factors and gradients of states have it: even, so that two units are one load.
+        Behind an odd size, gradients are 0 and factors are finite."""
         return self.size + self.size % 2
 
     @property

@@ -68,8 +68,8 @@ def load_inputs(data, at, a, valid, first, COLUMNS: tl.constexpr, SPEC: tl.const
 
 @triton.constexpr_function
 def place(name, spec):
-    """Where a factor lies in a row of `[T, factors, pitch]`: of the gradients of the pre-activations, "r", "z" and "n", and
-    "hidden" of what the reset gate scales; of the gradient of the attention, "score"; what is "kept", and the gate
+    """Where a factor lies in a row of `[T, factors, pitch]`: of the gradients of the pre-activations, "r", "z" and "n",
+    and "hidden" of what the reset gate scales; of the gradient of the attention, "score"; what is "kept", and the gate
     "reset"."""
     return spec.factor_names.index(name) * spec.pitch
 
@@ -107,6 +107,29 @@ def error(factors, dh, row, valid, name: tl.constexpr, first, SPEC: tl.constexpr
 
 
 @triton.jit
+def resident(data, of_inputs: tl.constexpr, SPEC: tl.constexpr):
+    """The weights of all gates for inputs or for states, if programs keep them."""
+    weights = ()
+    if get(SPEC, "resident"):
+        for gate in tl.static_range(3):
+            if of_inputs:
+                weights = weights + (input_weight(data, gate, SPEC),)
+            else:
+                weights = weights + (state_weight(data, gate, SPEC),)
+    return weights
+
+
+@triton.jit
+def gate_weight(weights, data, gate: tl.constexpr, of_inputs: tl.constexpr, SPEC: tl.constexpr):
+    if get(SPEC, "resident"):
+        return weights[gate]
+    elif of_inputs:
+        return input_weight(data, gate, SPEC)
+    else:
+        return state_weight(data, gate, SPEC)
+
+
+@triton.jit
 def read_inputs(data, row, valid, SPEC: tl.constexpr):
     """Where the inputs of rows are, the attention, and the inputs `[rows, columns]`, but where products read slabs."""
     at = source(data, row, valid, SPEC)
@@ -118,7 +141,7 @@ def read_inputs(data, row, valid, SPEC: tl.constexpr):
 
 
 @triton.jit
-def project(data, inputs, valid, vector, gate: tl.constexpr, SPEC: tl.constexpr):
+def project(data, weights, inputs, valid, vector, gate: tl.constexpr, SPEC: tl.constexpr):
     """What `read_inputs` returned times a gate's weights: `[rows, units]`."""
     UNITS: tl.constexpr = get(SPEC, "units")
     PRECISION: tl.constexpr = get(SPEC, "precision")
@@ -132,11 +155,11 @@ def project(data, inputs, valid, vector, gate: tl.constexpr, SPEC: tl.constexpr)
             acc = dot(slab, tl.trans(w), acc, PRECISION)
         return acc
     else:
-        return dot(x, tl.trans(input_weight(data, gate, SPEC)), acc, PRECISION)
+        return dot(x, tl.trans(gate_weight(weights, data, gate, True, SPEC)), acc, PRECISION)
 
 
 @triton.jit
-def recur(data, states, starts, factors, row, h, valid, acc, gate: tl.constexpr, SPEC: tl.constexpr):
+def recur(data, weights, states, starts, factors, row, h, valid, acc, gate: tl.constexpr, SPEC: tl.constexpr):
     """Adds a gate's weights times the states h, which slabs are read of again; in the candidate's, where the reset gate
     comes before, `factors` has its part."""
     SIZE: tl.constexpr = get(SPEC, "size")
@@ -153,32 +176,32 @@ def recur(data, states, starts, factors, row, h, valid, acc, gate: tl.constexpr,
             acc = dot(slab, tl.trans(w), acc, PRECISION)
         return acc
     else:
-        return dot(h, tl.trans(state_weight(data, gate, SPEC)), acc, PRECISION)
+        return dot(h, tl.trans(gate_weight(weights, data, gate, False, SPEC)), acc, PRECISION)
 
 
 @triton.jit
-def gates(data, states, starts, factors, row, inputs, h, valid, SPEC: tl.constexpr):
-    """The gates r, z (r again where there is none) and n, and what the reset gate scales: `[rows, units]`. Where slabs of
-    what the reset gate leaves are read, it is stored."""
+def gates(data, weights, states, starts, factors, row, inputs, h, valid, SPEC: tl.constexpr):
+    """The gates r, z (r again where there is none) and n, and what the reset gate scales: `[rows, units]`. It is
+    stored where slabs of what it leaves are read."""
     APPROX: tl.constexpr = get(SPEC, "approx")
-    r = project(data, inputs, valid, both_biases(data, 0, SPEC), 0, SPEC)
-    r = sigmoid(recur(data, states, starts, factors, row, h, valid, r, 0, SPEC), APPROX)
+    r = project(data, weights[0], inputs, valid, both_biases(data, 0, SPEC), 0, SPEC)
+    r = sigmoid(recur(data, weights[1], states, starts, factors, row, h, valid, r, 0, SPEC), APPROX)
     z = r
     if get(SPEC, "keeps"):
-        z = project(data, inputs, valid, both_biases(data, 1, SPEC), 1, SPEC)
-        z = sigmoid(recur(data, states, starts, factors, row, h, valid, z, 1, SPEC), APPROX)
+        z = project(data, weights[0], inputs, valid, both_biases(data, 1, SPEC), 1, SPEC)
+        z = sigmoid(recur(data, weights[1], states, starts, factors, row, h, valid, z, 1, SPEC), APPROX)
     if get(SPEC, "reset_after"):
         hidden = tl.zeros_like(r) + bias(data.bias_hh, 2, SPEC)[None, :]
-        hidden = recur(data, states, starts, factors, row, h, valid, hidden, 2, SPEC)
-        n = project(data, inputs, valid, bias(data.bias_ih, 2, SPEC), 2, SPEC) + r * hidden
+        hidden = recur(data, weights[1], states, starts, factors, row, h, valid, hidden, 2, SPEC)
+        n = project(data, weights[0], inputs, valid, bias(data.bias_ih, 2, SPEC), 2, SPEC) + r * hidden
     else:
         hidden = h.to(tl.float32)
         if get(SPEC, "slabs"):
             store_factor(factors, r, row, valid, "reset", SPEC)
             tl.debug_barrier()  # other threads read it
-        n = project(data, inputs, valid, both_biases(data, 2, SPEC), 2, SPEC)
+        n = project(data, weights[0], inputs, valid, both_biases(data, 2, SPEC), 2, SPEC)
         reset = (r * hidden).to(h.dtype)
-        n = recur(data, states, starts, factors, row, reset, valid, n, 2, SPEC)
+        n = recur(data, weights[1], states, starts, factors, row, reset, valid, n, 2, SPEC)
     return r, z, tanh(n, APPROX), hidden
 
 
@@ -216,17 +239,15 @@ def project_kernel(data, projections, SPEC: tl.constexpr):
     nothing = tl.zeros([get(SPEC, "units")], tl.float32)
     for gate in tl.static_range(3):
         if gate != 1 or get(SPEC, "keeps"):
-            projection = project(data, inputs, valid, nothing, gate, SPEC)
+            projection = project(data, (), inputs, valid, nothing, gate, SPEC)
             store_rows(projections + gate * SIZE, projection, row, 3 * SIZE, valid, SIZE)
 
 
 @triton.jit
-def coefficients_kernel(data, states, starts, factors, SPEC: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64) * get(SPEC, "block") + tl.arange(0, get(SPEC, "block"))
-    valid = row < tl.load(data.offsets + data.batch)
+def store_coefficients(data, weights, states, starts, factors, row, valid, SPEC: tl.constexpr):
     inputs = read_inputs(data, row, valid, SPEC)
     h = load_before(data, states, starts, row, valid, 0, get(SPEC, "units"), SPEC)
-    r, z, n, hidden = gates(data, states, starts, factors, row, inputs, h, valid, SPEC)
+    r, z, n, hidden = gates(data, weights, states, starts, factors, row, inputs, h, valid, SPEC)
     a = inputs[1][:, None]
     move = move_to(z, a, SPEC)
     through = move * (1 - n * n)
@@ -248,8 +269,28 @@ def coefficients_kernel(data, states, starts, factors, SPEC: tl.constexpr):
 
 
 @triton.jit
+def coefficients_kernel(data, states, starts, factors, SPEC: tl.constexpr):
+    BLOCK: tl.constexpr = get(SPEC, "block")
+    weights = (resident(data, True, SPEC), resident(data, False, SPEC))
+    end = tl.load(data.offsets + data.batch)
+    for tile in tl.range(tl.program_id(0), tl.cdiv(data.rows, BLOCK), tl.num_programs(0), num_stages=1):
+        row = tile.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        store_coefficients(data, weights, states, starts, factors, row, row < end, SPEC)
+
+
+@triton.jit
 def back_through(
-    data, factors, grads, dh, row, valid, acc, name: tl.constexpr, gate: tl.constexpr, SPEC: tl.constexpr
+    data,
+    weights,
+    factors,
+    grads,
+    dh,
+    row,
+    valid,
+    acc,
+    name: tl.constexpr,
+    gate: tl.constexpr,
+    SPEC: tl.constexpr,
 ):
     """Adds a gate's part of the gradient of the inputs, `[rows, columns]`."""
     SIZE: tl.constexpr = get(SPEC, "size")
@@ -265,7 +306,7 @@ def back_through(
         return acc
     else:
         e = error(factors, dh, row, valid, name, 0, SPEC)
-        return dot(e, input_weight(data, gate, SPEC), acc, PRECISION)
+        return dot(e, gate_weight(weights, data, gate, True, SPEC), acc, PRECISION)
 
 
 @triton.jit
@@ -278,22 +319,18 @@ def store_score(grad_scores, score, data, row, at, valid, SPEC: tl.constexpr):
 
 
 @triton.jit
-def gradients_kernel(data, factors, grads, grad_inputs, grad_scores, SPEC: tl.constexpr):
-    """The gradients of the inputs and the scores: of the positions, zero for slack, or of the rows that these read."""
-    SIZE: tl.constexpr = get(SPEC, "size")
+def store_gradients(data, weights, factors, grads, grad_inputs, grad_scores, row, valid, SPEC: tl.constexpr):
     WIDTH: tl.constexpr = get(SPEC, "width")
     COLUMNS: tl.constexpr = get(SPEC, "columns")
-    row = tl.program_id(0).to(tl.int64) * get(SPEC, "block") + tl.arange(0, get(SPEC, "block"))
-    valid = row < tl.load(data.offsets + data.batch)
     at = source(data, row, valid, SPEC)
     dh = load_rows(grads, row, get(SPEC, "pitch"), valid, get(SPEC, "pitch"), get(SPEC, "units")).to(
         tl.float32
     )
     grad = tl.zeros([get(SPEC, "block"), COLUMNS], tl.float32)
-    grad = back_through(data, factors, grads, dh, row, valid, grad, "r", 0, SPEC)
+    grad = back_through(data, weights, factors, grads, dh, row, valid, grad, "r", 0, SPEC)
     if get(SPEC, "keeps"):
-        grad = back_through(data, factors, grads, dh, row, valid, grad, "z", 1, SPEC)
-    grad = back_through(data, factors, grads, dh, row, valid, grad, "n", 2, SPEC)
+        grad = back_through(data, weights, factors, grads, dh, row, valid, grad, "z", 1, SPEC)
+    grad = back_through(data, weights, factors, grads, dh, row, valid, grad, "n", 2, SPEC)
     if get(SPEC, "scaled"):
         x = load_rows(data.inputs, at, get(SPEC, "stride"), valid, WIDTH, COLUMNS).to(tl.float32)
         score = tl.sum(grad * x, 1)
@@ -310,89 +347,11 @@ def gradients_kernel(data, factors, grads, grad_inputs, grad_scores, SPEC: tl.co
 
 
 @triton.jit
-def accumulate(e, operand, acc, SPEC: tl.constexpr):
-    """Adds eᵀ times what a product read: `[units, columns]`."""
-    return dot(tl.trans(e.to(operand.dtype)), operand, acc, get(SPEC, "precision"))
-
-
-@triton.jit
-def sum_products(
-    data, states, starts, factors, grads, weights, biases, begin, end, name: tl.constexpr, gate: tl.constexpr,
-    of_inputs: tl.constexpr, of_states: tl.constexpr, SPEC: tl.constexpr,
-):  # fmt: skip
-    """The rows from begin to end of a gate's gradients: its weights and biases for inputs, for states, or for both."""
-    SIZE: tl.constexpr = get(SPEC, "size")
-    WIDTH: tl.constexpr = get(SPEC, "width")
-    UNITS: tl.constexpr = get(SPEC, "units")
-    COLUMNS: tl.constexpr = get(SPEC, "columns")
+def gradients_kernel(data, factors, grads, grad_inputs, grad_scores, SPEC: tl.constexpr):
+    """The gradients of the inputs and the scores: of the positions, zero for slack, or of the rows that these read."""
     BLOCK: tl.constexpr = get(SPEC, "block")
-    # Behind the reset gate, the candidate's product with the state has a gradient of its own.
-    apart: tl.constexpr = (gate == 2) and get(SPEC, "reset_after")
-    by_inputs = tl.zeros([UNITS, COLUMNS], tl.float32)
-    by_states = tl.zeros([UNITS, UNITS], tl.float32)
-    total = tl.zeros([BLOCK, UNITS], tl.float32)  # summed over rows at last
-    hidden_total = tl.zeros([BLOCK, UNITS], tl.float32)
-    for start in range(begin, end, BLOCK):
-        row = start + tl.arange(0, BLOCK)
-        valid = row < end
-        dh = load_rows(grads, row, get(SPEC, "pitch"), valid, get(SPEC, "pitch"), UNITS).to(tl.float32)
-        if of_inputs or not apart:
-            e = load_error(factors, dh, row, valid, name, 0, SPEC)
-            total += e
-        if of_inputs:
-            at = source(data, row, valid, SPEC)
-            a = load_attention(data, row, at, valid, SPEC)
-            x = load_inputs(data, at, a, valid, 0, COLUMNS, SPEC)
-            by_inputs = accumulate(e, x, by_inputs, SPEC)
-        if of_states:
-            h = load_before(data, states, starts, row, valid, 0, UNITS, SPEC)
-            if apart:
-                e = load_error(factors, dh, row, valid, "hidden", 0, SPEC)
-                hidden_total += e
-            elif gate == 2:
-                h = (load_factor(factors, row, valid, "reset", 0, UNITS, SPEC) * h.to(tl.float32)).to(h.dtype)
-            by_states = accumulate(e, h, by_states, SPEC)
-    unit = tl.arange(0, UNITS)
-    if of_inputs:
-        store_rows(weights + gate * SIZE * WIDTH, by_inputs, unit, WIDTH, unit < SIZE, WIDTH)
-        tl.store(biases + gate * SIZE + unit, tl.sum(total, 0), mask=unit < SIZE)
-    if of_states:
-        weights += 3 * SIZE * WIDTH
-        store_rows(weights + gate * SIZE * SIZE, by_states, unit, SIZE, unit < SIZE, SIZE)
-        hidden_total = hidden_total if apart else total
-        tl.store(biases + (3 + gate) * SIZE + unit, tl.sum(hidden_total, 0), mask=unit < SIZE)
-
-
-@triton.jit
-def sum_gate(
-    data, states, starts, factors, grads, weights, biases, begin, end, name: tl.constexpr, gate: tl.constexpr,
-    SPEC: tl.constexpr,
-):  # fmt: skip
-    if get(SPEC, "both"):
-        sum_products(
-            data, states, starts, factors, grads, weights, biases, begin, end, name, gate, True, True, SPEC
-        )
-    else:
-        sum_products(
-            data, states, starts, factors, grads, weights, biases, begin, end, name, gate, True, False, SPEC
-        )
-        sum_products(
-            data, states, starts, factors, grads, weights, biases, begin, end, name, gate, False, True, SPEC
-        )
-
-
-@triton.jit
-def weights_kernel(data, states, starts, factors, grads, weights, biases, share, SPEC: tl.constexpr):
-    """One program per part of the rows, and gate."""
-    SIZE: tl.constexpr = get(SPEC, "size")
-    part = tl.program_id(0).to(tl.int64)
-    begin = part * share
-    end = tl.minimum(begin + share, tl.load(data.offsets + data.batch).to(tl.int64))
-    weights += part * 3 * SIZE * (get(SPEC, "width") + SIZE)
-    biases += part * 6 * SIZE
-    if tl.program_id(1) == 0:
-        sum_gate(data, states, starts, factors, grads, weights, biases, begin, end, "r", 0, SPEC)
-    elif tl.program_id(1) == 1:
-        sum_gate(data, states, starts, factors, grads, weights, biases, begin, end, "n", 2, SPEC)
-    elif get(SPEC, "keeps"):
-        sum_gate(data, states, starts, factors, grads, weights, biases, begin, end, "z", 1, SPEC)
+    weights = resident(data, True, SPEC)
+    end = tl.load(data.offsets + data.batch)
+    for tile in tl.range(tl.program_id(0), tl.cdiv(data.rows, BLOCK), tl.num_programs(0), num_stages=1):
+        row = tile.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        store_gradients(data, weights, factors, grads, grad_inputs, grad_scores, row, row < end, SPEC)
