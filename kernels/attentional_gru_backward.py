@@ -27,7 +27,8 @@ from .arguments import get
 from .attentional_gru import SEQUENCES, prepare, specialize, step_options
 from .attentional_gru_cell import held_weight, load_tile, sequences_of, store_tile, weight_of
 from .attentional_gru_reverse_mma import reverse_mma_kernel
-from .attentional_gru_rows import coefficients_kernel, gradients_kernel, place, weights_kernel
+from .attentional_gru_rows import coefficients_kernel, gradients_kernel, place
+from .attentional_gru_weights import weights_kernel
 from .primitives import dot
 
 # Rows of a tile and warps of the passes over tokens, by precision, and whether inputs or states are above 64 wide.
@@ -55,6 +56,9 @@ WEIGHTS = {
     ("ieee", False): (32, 8),
     ("ieee", True): (16, 8),
 }
+# Programs per multiprocessor of passes that keep weights on chip from tile to tile, in 16 bits up to 64 wide.
+RESIDENT = 2
+BOTH = (("half", False), ("tf32", False))  # which sum a gate's products with inputs and states at once
 LEAST_ROWS, MOST_PARTS = 1024, 64  # of a program that sums over rows; of the programs
 
 
@@ -117,7 +121,7 @@ def step_back(data, dh, step, weights, SPEC: tl.constexpr):
 
 @triton.jit
 def reverse_kernel(data, factors, grad_states, grad_last, grads, grad_initial, SPEC: tl.constexpr):
-    """The gradient of the state after each step, `grads [T, H]`, and of the first."""
+    """The gradient of the state after each step, `grads [T, pitch]`, and of the first."""
     SIZE: tl.constexpr = get(SPEC, "size")
     UNITS: tl.constexpr = get(SPEC, "units")
     sequence, live, begin, length = sequences_of(tl.program_id(0), data, SPEC)
@@ -136,7 +140,7 @@ def reverse_kernel(data, factors, grad_states, grad_last, grads, grad_initial, S
         if not get(SPEC, "streamed"):
             ahead = load_factors(factors, grad_states, begin + t - 1, before, SPEC)
         dh = step[0] + carry
-        store_tile(grads, dh, begin + t, SIZE, t < length, SIZE)
+        store_tile(grads, dh, begin + t, get(SPEC, "pitch"), t < length, get(SPEC, "pitch"))
         carry, e_r = step_back(data, dh, step, weights, SPEC)
         if not get(SPEC, "reset_after"):
             pointer = factors + place("r", SPEC)
@@ -167,7 +171,7 @@ def backward(
         grad_scores = zeros(call.scores.shape) if scan.scatter and scan.scored else new(rows)
     grad_initial = None if call.initial is None else new(batch, size)
     kept = grad_inputs if grad_scores is None else grad_scores
-    factors, grads = new(rows, len(scan.factor_names), size), new(rows, size)
+    factors, grads = new(rows, scan.factors), new(rows, scan.pitch)
     starts = _starts(data.offsets, rows)
     parts = max(1, min(MOST_PARTS, triton.cdiv(rows, LEAST_ROWS)))
     share = triton.cdiv(rows, parts)
@@ -190,10 +194,14 @@ def backward(
 
         def passes(table: dict[tuple[str, bool], tuple[int, int]]) -> dict[str, Any]:
             block, warps = table[kind]
-            return {"SPEC": replace(scan, block=block), "num_warps": warps}
+            spec = replace(scan, block=block, both=kind in BOTH, resident=kind == ("half", False))
+            return {"SPEC": spec, "num_warps": warps}
 
         def tiles(table: dict[tuple[str, bool], tuple[int, int]]) -> tuple[int]:
-            return (triton.cdiv(rows, table[kind][0]),)
+            count = triton.cdiv(rows, table[kind][0])
+            if kind == ("half", False):
+                count = min(count, RESIDENT * settings.multiprocessors(states.device))
+            return (count,)
 
         upstream, final = (grads if g is None else g.contiguous() for g in (grad_states, grad_last))
         coefficients_kernel[tiles(COEFFICIENTS)](data, states, starts, factors, **passes(COEFFICIENTS))
@@ -208,7 +216,7 @@ def backward(
             **step_options(scan),
         )
         gradients_kernel[tiles(GRADIENTS)](data, factors, grads, grad_inputs, kept, **passes(GRADIENTS))
-        weights_kernel[(parts, 6)](
+        weights_kernel[(parts, 3)](
             data, states, starts, factors, grads, weights, biases, share, **passes(WEIGHTS)
         )
     weight, vector = weights.sum(0), biases.sum(0).view(2, 3 * size)

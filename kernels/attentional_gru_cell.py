@@ -53,6 +53,8 @@ class Spec:
     block: int  # sequences or rows per program
     upstream: bool = False  # whether the states have a gradient
     final: bool = False  # whether the last ones have
+    resident: bool = False  # whether passes over tokens keep weights on chip, for more tiles than one
+    both: bool = False  # whether registers hold the sums of a gate's products with inputs and states at once
     scatter: bool = False  # whether gradients go to the rows of the inputs, else to positions
 
     @property
@@ -87,9 +89,15 @@ class Spec:
         return names + ("z",) * self.keeps + ("score",) * self.weighs
 
     @property
+    def pitch(self) -> int:
+        """The size of the state as factors and gradients of states have it: even, so that two units are one load.
+        Behind an odd size, gradients are 0 and factors are finite."""
+        return self.size + self.size % 2
+
+    @property
     def factors(self) -> int:
         """How far apart rows of them lie."""
-        return len(self.factor_names) * self.size
+        return len(self.factor_names) * self.pitch
 
     @property
     def keeps(self) -> bool:

@@ -63,10 +63,10 @@ def load_grad(grad_states, begin, length, t, SPEC: gl.constexpr):
 @gluon.jit
 def load_step(factors, grad_states, begin, length, t, SPEC: gl.constexpr):
     """What step t reads, and the upstream gradient of the step before it. A step that there is not keeps all."""
-    SIZE: gl.constexpr = get(SPEC, "size")
+    PITCH: gl.constexpr = get(SPEC, "pitch")
     LAYOUT: gl.constexpr = unit_layout(SPEC)
     unit = gl.arange(0, get(SPEC, "units"), gl.SliceLayout(1, LAYOUT))[:, None]
-    mask = ((t >= 0) & (t < length))[None, :] & (unit < SIZE)
+    mask = ((t >= 0) & (t < length))[None, :] & (unit < PITCH)
     grad = load_grad(grad_states, begin, length, t - 1, SPEC)
     factor = at(factors, begin, unit, t, get(SPEC, "factors"))
     kept = gl.load(factor + place("kept", SPEC), mask=mask, other=1.0)
@@ -99,6 +99,7 @@ def times(x, y):
 def step_back(factors, grad_states, grads, t, dh, step, begin, length, buffers, weights, SPEC: gl.constexpr):
     """From the gradient of the state after step t to that of the state before it, and what step t - 2 reads."""
     SIZE: gl.constexpr = get(SPEC, "size")
+    PITCH: gl.constexpr = get(SPEC, "pitch")
     dtype: gl.constexpr = factors.dtype.element_ty
     rounded = dh.to(dtype)
     if get(SPEC, "reset_after"):
@@ -107,8 +108,8 @@ def step_back(factors, grad_states, grads, t, dh, step, begin, length, buffers, 
         buffers[1].store(times(rounded, step[3]))
     buffers[2].store(times(rounded, step[4]))
     unit = gl.arange(0, get(SPEC, "units"), gl.SliceLayout(1, unit_layout(SPEC)))[:, None]
-    mask = ((t >= 0) & (t < length))[None, :] & (unit < SIZE)
-    gl.store(at(grads, begin, unit, t, SIZE), rounded, mask=mask)
+    mask = ((t >= 0) & (t < length))[None, :] & (unit < PITCH)
+    gl.store(at(grads, begin, unit, t, PITCH), rounded, mask=mask)
     ahead = load_step(factors, grad_states, begin, length, t - 2, SPEC)
     dh = dh * step[1].to(gl.float32) + step[0].to(gl.float32)
     zero = gl.zeros([get(SPEC, "units"), get(SPEC, "block")], gl.float32, tile_layout(SPEC))

@@ -68,36 +68,65 @@ def load_inputs(data, at, a, valid, first, COLUMNS: tl.constexpr, SPEC: tl.const
 
 @triton.constexpr_function
 def place(name, spec):
-    """Where a factor lies in a row of `[T, factors, H]`: of the gradients of the pre-activations, "r", "z" and "n", and
-    "hidden" of what the reset gate scales; of the gradient of the attention, "score"; what is "kept", and the gate
+    """Where a factor lies in a row of `[T, factors, pitch]`: of the gradients of the pre-activations, "r", "z" and "n",
+    and "hidden" of what the reset gate scales; of the gradient of the attention, "score"; what is "kept", and the gate
     "reset"."""
-    return spec.factor_names.index(name) * spec.size
+    return spec.factor_names.index(name) * spec.pitch
 
 
 @triton.jit
 def load_factor(factors, row, valid, name: tl.constexpr, first, COLUMNS: tl.constexpr, SPEC: tl.constexpr):
     """`[rows, COLUMNS]` in float32."""
-    SIZE: tl.constexpr = get(SPEC, "size")
+    PITCH: tl.constexpr = get(SPEC, "pitch")
     pointer = factors + place(name, SPEC)
-    return load_rows(pointer, row, get(SPEC, "factors"), valid, SIZE, COLUMNS, first).to(tl.float32)
+    return load_rows(pointer, row, get(SPEC, "factors"), valid, PITCH, COLUMNS, first).to(tl.float32)
 
 
 @triton.jit
 def store_factor(factors, tile, row, valid, name: tl.constexpr, SPEC: tl.constexpr):
-    SIZE: tl.constexpr = get(SPEC, "size")
-    store_rows(factors + place(name, SPEC), tile, row, get(SPEC, "factors"), valid, SIZE)
+    PITCH: tl.constexpr = get(SPEC, "pitch")
+    store_rows(factors + place(name, SPEC), tile, row, get(SPEC, "factors"), valid, PITCH)
+
+
+@triton.jit
+def load_error(factors, dh, row, valid, name: tl.constexpr, first, SPEC: tl.constexpr):
+    """The gradient of a pre-activation where dh is that of the state: `[rows, columns]`."""
+    e = load_factor(factors, row, valid, name, first, dh.shape[1], SPEC)
+    if (name != "r") or get(SPEC, "reset_after"):
+        e = e * dh
+    return e
 
 
 @triton.jit
 def error(factors, dh, row, valid, name: tl.constexpr, first, SPEC: tl.constexpr):
-    """The gradient of a pre-activation where dh is that of the state, `[rows, columns]`, in the dtype of products."""
-    e = load_factor(factors, row, valid, name, first, dh.shape[1], SPEC)
-    if (name != "r") or get(SPEC, "reset_after"):
-        e = e * dh
-    return e.to(factors.dtype.element_ty)
+    """The same in the dtype of products."""
+    return load_error(factors, dh, row, valid, name, first, SPEC).to(factors.dtype.element_ty)
 
 
 # ------------------------------------------------------------------------------------------------ the cell
+
+
+@triton.jit
+def resident(data, of_inputs: tl.constexpr, SPEC: tl.constexpr):
+    """The weights of all gates for inputs or for states, if programs keep them."""
+    weights = ()
+    if get(SPEC, "resident"):
+        for gate in tl.static_range(3):
+            if of_inputs:
+                weights = weights + (input_weight(data, gate, SPEC),)
+            else:
+                weights = weights + (state_weight(data, gate, SPEC),)
+    return weights
+
+
+@triton.jit
+def gate_weight(weights, data, gate: tl.constexpr, of_inputs: tl.constexpr, SPEC: tl.constexpr):
+    if get(SPEC, "resident"):
+        return weights[gate]
+    elif of_inputs:
+        return input_weight(data, gate, SPEC)
+    else:
+        return state_weight(data, gate, SPEC)
 
 
 @triton.jit
@@ -112,7 +141,7 @@ def read_inputs(data, row, valid, SPEC: tl.constexpr):
 
 
 @triton.jit
-def project(data, inputs, valid, vector, gate: tl.constexpr, SPEC: tl.constexpr):
+def project(data, weights, inputs, valid, vector, gate: tl.constexpr, SPEC: tl.constexpr):
     """What `read_inputs` returned times a gate's weights: `[rows, units]`."""
     UNITS: tl.constexpr = get(SPEC, "units")
     PRECISION: tl.constexpr = get(SPEC, "precision")
@@ -126,11 +155,11 @@ def project(data, inputs, valid, vector, gate: tl.constexpr, SPEC: tl.constexpr)
             acc = dot(slab, tl.trans(w), acc, PRECISION)
         return acc
     else:
-        return dot(x, tl.trans(input_weight(data, gate, SPEC)), acc, PRECISION)
+        return dot(x, tl.trans(gate_weight(weights, data, gate, True, SPEC)), acc, PRECISION)
 
 
 @triton.jit
-def recur(data, states, starts, factors, row, h, valid, acc, gate: tl.constexpr, SPEC: tl.constexpr):
+def recur(data, weights, states, starts, factors, row, h, valid, acc, gate: tl.constexpr, SPEC: tl.constexpr):
     """Adds a gate's weights times the states h, which slabs are read of again; in the candidate's, where the reset gate
     comes before, `factors` has its part."""
     SIZE: tl.constexpr = get(SPEC, "size")
@@ -147,32 +176,32 @@ def recur(data, states, starts, factors, row, h, valid, acc, gate: tl.constexpr,
             acc = dot(slab, tl.trans(w), acc, PRECISION)
         return acc
     else:
-        return dot(h, tl.trans(state_weight(data, gate, SPEC)), acc, PRECISION)
+        return dot(h, tl.trans(gate_weight(weights, data, gate, False, SPEC)), acc, PRECISION)
 
 
 @triton.jit
-def gates(data, states, starts, factors, row, inputs, h, valid, SPEC: tl.constexpr):
-    """The gates r, z (r again where there is none) and n, and what the reset gate scales: `[rows, units]`. Where the
-    reset gate comes before the product, it is stored."""
+def gates(data, weights, states, starts, factors, row, inputs, h, valid, SPEC: tl.constexpr):
+    """The gates r, z (r again where there is none) and n, and what the reset gate scales: `[rows, units]`. It is
+    stored where slabs of what it leaves are read."""
     APPROX: tl.constexpr = get(SPEC, "approx")
-    r = project(data, inputs, valid, both_biases(data, 0, SPEC), 0, SPEC)
-    r = sigmoid(recur(data, states, starts, factors, row, h, valid, r, 0, SPEC), APPROX)
+    r = project(data, weights[0], inputs, valid, both_biases(data, 0, SPEC), 0, SPEC)
+    r = sigmoid(recur(data, weights[1], states, starts, factors, row, h, valid, r, 0, SPEC), APPROX)
     z = r
     if get(SPEC, "keeps"):
-        z = project(data, inputs, valid, both_biases(data, 1, SPEC), 1, SPEC)
-        z = sigmoid(recur(data, states, starts, factors, row, h, valid, z, 1, SPEC), APPROX)
+        z = project(data, weights[0], inputs, valid, both_biases(data, 1, SPEC), 1, SPEC)
+        z = sigmoid(recur(data, weights[1], states, starts, factors, row, h, valid, z, 1, SPEC), APPROX)
     if get(SPEC, "reset_after"):
         hidden = tl.zeros_like(r) + bias(data.bias_hh, 2, SPEC)[None, :]
-        hidden = recur(data, states, starts, factors, row, h, valid, hidden, 2, SPEC)
-        n = project(data, inputs, valid, bias(data.bias_ih, 2, SPEC), 2, SPEC) + r * hidden
+        hidden = recur(data, weights[1], states, starts, factors, row, h, valid, hidden, 2, SPEC)
+        n = project(data, weights[0], inputs, valid, bias(data.bias_ih, 2, SPEC), 2, SPEC) + r * hidden
     else:
         hidden = h.to(tl.float32)
-        store_factor(factors, r, row, valid, "reset", SPEC)
         if get(SPEC, "slabs"):
+            store_factor(factors, r, row, valid, "reset", SPEC)
             tl.debug_barrier()  # other threads read it
-        n = project(data, inputs, valid, both_biases(data, 2, SPEC), 2, SPEC)
+        n = project(data, weights[0], inputs, valid, both_biases(data, 2, SPEC), 2, SPEC)
         reset = (r * hidden).to(h.dtype)
-        n = recur(data, states, starts, factors, row, reset, valid, n, 2, SPEC)
+        n = recur(data, weights[1], states, starts, factors, row, reset, valid, n, 2, SPEC)
     return r, z, tanh(n, APPROX), hidden
 
 
@@ -210,17 +239,15 @@ def project_kernel(data, projections, SPEC: tl.constexpr):
     nothing = tl.zeros([get(SPEC, "units")], tl.float32)
     for gate in tl.static_range(3):
         if gate != 1 or get(SPEC, "keeps"):
-            projection = project(data, inputs, valid, nothing, gate, SPEC)
+            projection = project(data, (), inputs, valid, nothing, gate, SPEC)
             store_rows(projections + gate * SIZE, projection, row, 3 * SIZE, valid, SIZE)
 
 
 @triton.jit
-def coefficients_kernel(data, states, starts, factors, SPEC: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64) * get(SPEC, "block") + tl.arange(0, get(SPEC, "block"))
-    valid = row < tl.load(data.offsets + data.batch)
+def store_coefficients(data, weights, states, starts, factors, row, valid, SPEC: tl.constexpr):
     inputs = read_inputs(data, row, valid, SPEC)
     h = load_before(data, states, starts, row, valid, 0, get(SPEC, "units"), SPEC)
-    r, z, n, hidden = gates(data, states, starts, factors, row, inputs, h, valid, SPEC)
+    r, z, n, hidden = gates(data, weights, states, starts, factors, row, inputs, h, valid, SPEC)
     a = inputs[1][:, None]
     move = move_to(z, a, SPEC)
     through = move * (1 - n * n)
@@ -232,6 +259,8 @@ def coefficients_kernel(data, states, starts, factors, SPEC: tl.constexpr):
         store_factor(factors, through * r, row, valid, "hidden", SPEC)
     else:
         store_factor(factors, slope, row, valid, "r", SPEC)
+        if not get(SPEC, "slabs"):
+            store_factor(factors, r, row, valid, "reset", SPEC)
     if get(SPEC, "keeps"):
         store_factor(factors, distance * z * (1 - z) * move_by_keep(a, SPEC), row, valid, "z", SPEC)
     if get(SPEC, "weighs"):
@@ -240,8 +269,28 @@ def coefficients_kernel(data, states, starts, factors, SPEC: tl.constexpr):
 
 
 @triton.jit
+def coefficients_kernel(data, states, starts, factors, SPEC: tl.constexpr):
+    BLOCK: tl.constexpr = get(SPEC, "block")
+    weights = (resident(data, True, SPEC), resident(data, False, SPEC))
+    end = tl.load(data.offsets + data.batch)
+    for tile in tl.range(tl.program_id(0), tl.cdiv(data.rows, BLOCK), tl.num_programs(0), num_stages=1):
+        row = tile.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        store_coefficients(data, weights, states, starts, factors, row, row < end, SPEC)
+
+
+@triton.jit
 def back_through(
-    data, factors, grads, dh, row, valid, acc, name: tl.constexpr, gate: tl.constexpr, SPEC: tl.constexpr
+    data,
+    weights,
+    factors,
+    grads,
+    dh,
+    row,
+    valid,
+    acc,
+    name: tl.constexpr,
+    gate: tl.constexpr,
+    SPEC: tl.constexpr,
 ):
     """Adds a gate's part of the gradient of the inputs, `[rows, columns]`."""
     SIZE: tl.constexpr = get(SPEC, "size")
@@ -249,13 +298,15 @@ def back_through(
     PRECISION: tl.constexpr = get(SPEC, "precision")
     if get(SPEC, "slabs"):
         for first in tl.range(0, SIZE, SLAB, num_stages=1):
-            slab = load_rows(grads, row, SIZE, valid, SIZE, SLAB, first).to(tl.float32)
+            slab = load_rows(grads, row, get(SPEC, "pitch"), valid, get(SPEC, "pitch"), SLAB, first).to(
+                tl.float32
+            )
             w = weight(data.weight_ih, gate, first, 0, SLAB, COLUMNS, get(SPEC, "width"), SPEC)
             acc = dot(error(factors, slab, row, valid, name, first, SPEC), w, acc, PRECISION)
         return acc
     else:
         e = error(factors, dh, row, valid, name, 0, SPEC)
-        return dot(e, input_weight(data, gate, SPEC), acc, PRECISION)
+        return dot(e, gate_weight(weights, data, gate, True, SPEC), acc, PRECISION)
 
 
 @triton.jit
@@ -268,20 +319,18 @@ def store_score(grad_scores, score, data, row, at, valid, SPEC: tl.constexpr):
 
 
 @triton.jit
-def gradients_kernel(data, factors, grads, grad_inputs, grad_scores, SPEC: tl.constexpr):
-    """The gradients of the inputs and the scores: of the positions, zero for slack, or of the rows that these read."""
-    SIZE: tl.constexpr = get(SPEC, "size")
+def store_gradients(data, weights, factors, grads, grad_inputs, grad_scores, row, valid, SPEC: tl.constexpr):
     WIDTH: tl.constexpr = get(SPEC, "width")
     COLUMNS: tl.constexpr = get(SPEC, "columns")
-    row = tl.program_id(0).to(tl.int64) * get(SPEC, "block") + tl.arange(0, get(SPEC, "block"))
-    valid = row < tl.load(data.offsets + data.batch)
     at = source(data, row, valid, SPEC)
-    dh = load_rows(grads, row, SIZE, valid, SIZE, get(SPEC, "units")).to(tl.float32)
+    dh = load_rows(grads, row, get(SPEC, "pitch"), valid, get(SPEC, "pitch"), get(SPEC, "units")).to(
+        tl.float32
+    )
     grad = tl.zeros([get(SPEC, "block"), COLUMNS], tl.float32)
-    grad = back_through(data, factors, grads, dh, row, valid, grad, "r", 0, SPEC)
+    grad = back_through(data, weights, factors, grads, dh, row, valid, grad, "r", 0, SPEC)
     if get(SPEC, "keeps"):
-        grad = back_through(data, factors, grads, dh, row, valid, grad, "z", 1, SPEC)
-    grad = back_through(data, factors, grads, dh, row, valid, grad, "n", 2, SPEC)
+        grad = back_through(data, weights, factors, grads, dh, row, valid, grad, "z", 1, SPEC)
+    grad = back_through(data, weights, factors, grads, dh, row, valid, grad, "n", 2, SPEC)
     if get(SPEC, "scaled"):
         x = load_rows(data.inputs, at, get(SPEC, "stride"), valid, WIDTH, COLUMNS).to(tl.float32)
         score = tl.sum(grad * x, 1)
@@ -298,90 +347,11 @@ def gradients_kernel(data, factors, grads, grad_inputs, grad_scores, SPEC: tl.co
 
 
 @triton.jit
-def load_operand(data, states, starts, factors, row, valid, gate, of_state: tl.constexpr, SPEC: tl.constexpr):
-    """What a gate's product reads: `[rows, units]`, or of the inputs `[rows, columns]`."""
-    if of_state:
-        UNITS: tl.constexpr = get(SPEC, "units")
-        h = load_before(data, states, starts, row, valid, 0, UNITS, SPEC)
-        if get(SPEC, "reset_after"):
-            return h
-        else:
-            r = load_factor(factors, row, valid & (gate == 2), "reset", 0, UNITS, SPEC)
-            return tl.where(gate == 2, r * h.to(tl.float32), h.to(tl.float32)).to(h.dtype)
-    else:
-        at = source(data, row, valid, SPEC)
-        a = load_attention(data, row, at, valid, SPEC)
-        return load_inputs(data, at, a, valid, 0, get(SPEC, "columns"), SPEC)
-
-
-@triton.jit
-def error_place(gate, of_state: tl.constexpr, SPEC: tl.constexpr):
-    """Where the factor of a gate lies. Behind the reset gate, the candidate's product with the state has its own."""
-    candidate: tl.constexpr = "hidden" if of_state and get(SPEC, "reset_after") else "n"
-    offset = tl.where(gate == 0, place("r", SPEC), place(candidate, SPEC))
-    if get(SPEC, "keeps"):
-        offset = tl.where(gate == 1, place("z", SPEC), offset)
-    return offset
-
-
-@triton.jit
-def sum_products(
-    data,
-    states,
-    starts,
-    factors,
-    grads,
-    weights,
-    biases,
-    begin,
-    end,
-    gate,
-    of_state: tl.constexpr,
-    SPEC: tl.constexpr,
-):
-    """The rows from begin to end of a gate's weight gradient and bias gradient."""
-    SIZE: tl.constexpr = get(SPEC, "size")
-    UNITS: tl.constexpr = get(SPEC, "units")
+def gradients_kernel(data, factors, grads, grad_inputs, grad_scores, SPEC: tl.constexpr):
+    """The gradients of the inputs and the scores: of the positions, zero for slack, or of the rows that these read."""
     BLOCK: tl.constexpr = get(SPEC, "block")
-    WIDTH: tl.constexpr = SIZE if of_state else get(SPEC, "width")
-    COLUMNS: tl.constexpr = UNITS if of_state else get(SPEC, "columns")
-    factor = factors + error_place(gate, of_state, SPEC)
-    acc = tl.zeros([UNITS, COLUMNS], tl.float32)
-    total = tl.zeros([BLOCK, UNITS], tl.float32)  # summed over rows at last
-    for start in range(begin, end, BLOCK):
-        row = start + tl.arange(0, BLOCK)
-        valid = row < end
-        e = load_rows(factor, row, get(SPEC, "factors"), valid, SIZE, UNITS).to(tl.float32)
-        linear = load_rows(grads, row, SIZE, valid, SIZE, UNITS).to(tl.float32) * e
-        if get(SPEC, "reset_after"):
-            e = linear
-        else:
-            e = tl.where(gate == 0, e, linear)
-        operand = load_operand(data, states, starts, factors, row, valid, gate, of_state, SPEC)
-        acc = dot(tl.trans(e.to(operand.dtype)), operand, acc, get(SPEC, "precision"))
-        total += e
-    unit = tl.arange(0, UNITS)
-    store_rows(weights + gate * SIZE * WIDTH, acc, unit, WIDTH, unit < SIZE, WIDTH)
-    tl.store(biases + gate * SIZE + unit, tl.sum(total, 0), mask=unit < SIZE)
-
-
-@triton.jit
-def weights_kernel(data, states, starts, factors, grads, weights, biases, share, SPEC: tl.constexpr):
-    """One program per part of the rows, and gate of `weight_ih` or of `weight_hh`."""
-    SIZE: tl.constexpr = get(SPEC, "size")
-    WIDTH: tl.constexpr = get(SPEC, "width")
-    part = tl.program_id(0).to(tl.int64)
-    begin = part * share
-    end = tl.minimum(begin + share, tl.load(data.offsets + data.batch).to(tl.int64))
-    weights += part * 3 * SIZE * (WIDTH + SIZE)
-    biases += part * 6 * SIZE
-    gate = tl.program_id(1)
-    if gate % 3 != 1 or get(SPEC, "keeps"):
-        if gate < 3:
-            sum_products(data, states, starts, factors, grads, weights, biases, begin, end, gate, False, SPEC)
-        else:
-            weights += 3 * SIZE * WIDTH
-            biases += 3 * SIZE
-            sum_products(
-                data, states, starts, factors, grads, weights, biases, begin, end, gate - 3, True, SPEC
-            )
+    weights = resident(data, True, SPEC)
+    end = tl.load(data.offsets + data.batch)
+    for tile in tl.range(tl.program_id(0), tl.cdiv(data.rows, BLOCK), tl.num_programs(0), num_stages=1):
+        row = tile.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        store_gradients(data, weights, factors, grads, grad_inputs, grad_scores, row, row < end, SPEC)
