@@ -179,6 +179,13 @@ def _recbole(name: str, sizes: Sizes) -> Example:
         dataset = import_peer("recbole.data").create_dataset(config)
         dataset.build()
         model = model_class(config, dataset)
+    if name == "AFM":  # of the fields of MovieLens-100K, one of which has several values
+        singles = zip(model.token_field_names, model.token_field_dims, strict=True)
+        several = zip(model.token_seq_field_names, model.token_seq_field_dims, strict=True)
+        fields = {field: torch.randint(1, size, (sizes.batch,)) for field, size in singles}
+        fields |= {field: torch.randint(size, (sizes.batch, 3)) for field, size in several}
+        fields["label"] = Batch.of(sizes).label
+        return Example(model, lambda m: m.predict(fields), lambda m: m.calculate_loss(fields))
     few = Sizes(sizes.batch, sizes.longest, sizes.fill, sizes.dim, items=1600, users=900)
     batch = Batch.of(few, least=2 if name == "DIEN" else 1)
     interaction = {
@@ -261,7 +268,7 @@ def _torch_easy_rec(name: str, sizes: Sizes) -> Example:
 LIBRARIES: dict[str, tuple[tuple[str, ...], Callable[[str, Sizes], Example]]] = {
     "deepctr-torch": (("DIN", "DIN-Dice", "DIEN", "AFM"), _deepctr_torch),
     "fuxictr": (("DIN", "DIEN"), _fuxictr),
-    "recbole": (("DIN", "DIEN"), _recbole),
+    "recbole": (("DIN", "DIEN", "AFM"), _recbole),
     "torch-rechub": (("DIN", "DIEN"), _torch_rechub),
     "torch-easy-rec": (("DINEncoder", "SimpleAttention"), _torch_easy_rec),
 }
