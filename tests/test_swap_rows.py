@@ -68,9 +68,8 @@ def test_rows_lead_to_the_items(name: str, masked: bool) -> None:
     assert torch.equal(items, histories.flatten(0, 1) if valid is None else histories[valid])
 
 
-def call_of(library: str) -> tuple[Any, Callable[[Any, Tensor, Tensor], Any]]:
+def call_of(library: str, width: int) -> tuple[Any, Callable[[Any, Tensor, Tensor], Any]]:
     """A layer of a library that takes histories of any strides, and how it is called."""
-    width = WIDTH + 1
     if library == "deepctr-torch":
         pooling = import_or_skip("deepctr_torch.layers.sequence").AttentionSequencePoolingLayer
         layer = pooling((5, 3), "dice", embedding_dim=width, weight_normalization=True)
@@ -100,11 +99,13 @@ def call_of(library: str) -> tuple[Any, Callable[[Any, Tensor, Tensor], Any]]:
     "library",
     ["deepctr-torch", "fuxictr", "fuxictr multi-head", "recbole", "torch-rechub", "torch-easy-rec"],
 )
-@pytest.mark.parametrize("name", ["first", "last"])
+@pytest.mark.parametrize("name", ["first", "last", "columns"])
 def test_layers_pool_slices_as_their_libraries_do(library: str, name: str) -> None:
-    layer, call = call_of(library)
+    whole = something()[:BATCH]
+    width = SLICES[name](whole).shape[2]
+    layer, call = call_of(library, width)
     torch.manual_seed(1)
-    whole, query = something()[:BATCH], torch.randn(BATCH, WIDTH + 1)
+    query = torch.randn(BATCH, width)
     remark = "without a mask, padding counts as items, as in the library" if library == "torch-rechub" else ""
     layer = spread(layer)
     assert_fused_equals_own(layer, lambda m, q, k: call(m, q, SLICES[name](k)), [query, whole], remark=remark)

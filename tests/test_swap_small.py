@@ -92,6 +92,18 @@ def test_compiled_layers_do_not_ask_for_the_size(monkeypatch: pytest.MonkeyPatch
     assert any("recattn" in operator for operator in operators)
 
 
+def test_few_pairs_of_fields_run_the_library_s_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    found, layer = fused("deepctr_torch AFMLayer")
+    pairs = 7 * 15  # of 6 fields
+    monkeypatch.setitem(coverage.SMALL, "pairwise_pool", pairs + 1)
+    assert torch.equal(found.out(layer), found.out(found.layer))
+    assert runs(found, layer) == [("library", "105 pairs, fewer than 106 on a CPU")]
+    monkeypatch.setitem(coverage.SMALL, "pairwise_pool", pairs)
+    assert [how for how, _ in runs(found, layer)] == ["composite"]
+    expected = "AFMLayer: batches of fewer than 40000 pairs on a CPU run the library's own code"
+    assert recattn.fuse(found.layer).notes == (expected,)
+
+
 def test_the_report_says_how_small() -> None:
     found = example(UNITS[0])
     training = " (5000 in training with batch norm or Dice)"

@@ -170,6 +170,7 @@ def _recbole(name: str, sizes: Sizes) -> Example:
             "embedding_size": sizes.dim,
             "MAX_ITEM_LIST_LENGTH": sizes.longest,
             "mlp_hidden_size": [80, 40],
+            "dropout_prob": 0.0,  # which the two models would draw differently
             "use_gpu": False,
             "checkpoint_dir": scratch,
             "log_wandb": False,
@@ -209,9 +210,10 @@ def _torch_rechub(name: str, sizes: Sizes) -> Example:
     def history(column: str) -> Any:
         return kinds.SequenceFeature(column, **item, pooling="concat", shared_with="item", padding_idx=0)
 
-    module, mlp = import_peer(f"torch_rechub.models.ranking.{name.lower()}"), {"dims": [80, 40]}
-    if name == "DIN":
-        attention = {"dims": [80, 40], "activation": "sigmoid"}
+    kind, _, dice = name.partition("-")
+    module, mlp = import_peer(f"torch_rechub.models.ranking.{kind.lower()}"), {"dims": [80, 40]}
+    if kind == "DIN":
+        attention = {"dims": [80, 40], "activation": "dice" if dice else "sigmoid"}
         model = module.DIN([user], [history("history")], [target], mlp, attention)
     else:
         model = module.DIEN([user], [history("history")], [history("negatives")], [target], mlp)
@@ -269,7 +271,7 @@ LIBRARIES: dict[str, tuple[tuple[str, ...], Callable[[str, Sizes], Example]]] = 
     "deepctr-torch": (("DIN", "DIN-Dice", "DIEN", "AFM"), _deepctr_torch),
     "fuxictr": (("DIN", "DIEN"), _fuxictr),
     "recbole": (("DIN", "DIEN", "AFM"), _recbole),
-    "torch-rechub": (("DIN", "DIEN"), _torch_rechub),
+    "torch-rechub": (("DIN", "DIN-Dice", "DIEN"), _torch_rechub),
     "torch-easy-rec": (("DINEncoder", "SimpleAttention"), _torch_easy_rec),
 }
 

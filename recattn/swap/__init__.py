@@ -17,7 +17,7 @@ from torch import nn
 
 from recattn.backend import BACKENDS
 from recattn.functional.checks import check_choice
-from recattn.swap.coverage import OPTIONS, SMALL, Options, Swap, Uncovered
+from recattn.swap.coverage import OPTIONS, SMALL, Options, Swap, Uncovered, unit_of
 from recattn.swap.report import Report, Row
 
 __all__ = ["SEMANTICS", "Report", "Row", "fuse", "unfuse"]
@@ -112,8 +112,9 @@ def _swaps(model: nn.Module) -> Iterator[Swap]:
 def _note(layer: str, operator: str) -> str:
     """What the report says of the small batches of a layer."""
     training = SMALL.get(f"{operator}_statistics")
+    few = f"{SMALL[operator]} {unit_of(operator)}"
     more = f" ({training} in training with batch norm or Dice)" if training else ""
-    return f"{layer}: batches of fewer than {SMALL[operator]} positions{more} on a CPU run the library's own code"
+    return f"{layer}: batches of fewer than {few}{more} on a CPU run the library's own code"
 
 
 def _swapped(module: nn.Module, swap: Swap, options: Options) -> tuple[bool, str]:

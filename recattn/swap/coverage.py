@@ -17,8 +17,15 @@ from recattn.ops.library import on_cpu, report_library
 HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 OPTIONS = "_recattn"  # the attribute that `fuse` adds to a layer
 # By operator, how many positions, padding included, a batch on a CPU has before the fused layer takes less time than
-# the library's: measured with histories of 20 and 50, a fifth of them items, of widths 16 to 64.
-SMALL = {"activation_unit": 2000, "activation_unit_statistics": 5000, "target_attention": 4000}
+# the library's: measured with histories of 20 and 50, a fifth of them items, of widths 16 to 64. Of pairwise_pool it is
+# pairs of fields: 7 to 39 fields of 16 and 32.
+SMALL = {
+    "activation_unit": 2000,
+    "activation_unit_statistics": 5000,
+    "target_attention": 4000,
+    "pairwise_pool": 40_000,
+}
+UNITS = {"pairwise_pool": "pairs"}
 
 
 class Uncovered(Exception):
@@ -51,13 +58,22 @@ class Swap(NamedTuple):
     operator: str = ""  # what batches are small for, a key of `SMALL`; empty if none is
 
 
-def leave_small(keys: Tensor, options: Options, operator: str) -> None:
-    """Raises Uncovered where the library's own code takes less time for histories `[B, L, ...]`, and may run."""
-    count = keys.shape[:2].numel()
+def leave_small(x: Tensor, options: Options, operator: str, count: int | None = None) -> None:
+    """Raises Uncovered where the library's own code takes less time, and may run.
+
+    Args:
+        x: what the layer is called with, `[B, L, ...]`.
+        count: what `SMALL` counts; positions if not given.
+    """
     if not options.exact or requested_backend() != "auto" or torch.compiler.is_compiling():
         return
-    if count < SMALL[operator] and on_cpu(keys):
-        raise Uncovered(f"{count} positions, fewer than {SMALL[operator]} on a CPU")
+    count = x.shape[:2].numel() if count is None else count
+    if count < SMALL[operator] and on_cpu(x):
+        raise Uncovered(f"{count} {unit_of(operator)}, fewer than {SMALL[operator]} on a CPU")
+
+
+def unit_of(operator: str) -> str:
+    return UNITS.get(operator, "positions")
 
 
 def instead_of(own: Callable[..., Any]) -> Callable[[Callable[..., Any]], Any]:
