@@ -241,7 +241,7 @@ def test_an_option_is_equal_or_left(key: str, option: str, value: Any) -> None:
         assert value.reason in row.reason
         return
     dropped = bool(option == "dropout_rate" and value)
-    (row,) = recattn.fuse(built)
+    (row,) = recattn.fuse(built, backend="torch")
     recattn.unfuse(built)
     expected = layer.remark.get(option, "") if dropped else layer.remark.get("", "")
     assert row.reason.startswith(expected)
@@ -258,5 +258,30 @@ def test_an_option_is_equal_or_left(key: str, option: str, value: Any) -> None:
                 batch,
                 dtype,
                 remark=row.reason,
+                backend="torch",
                 least=10 if training and key.startswith("torch-rechub") else 1,
             )
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("key", LAYERS)
+def test_random_histories(key: str, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    batch = int(torch.randint(2, 30, (), generator=generator))
+    lengths = torch.randint(0, LONGEST + 2, (batch,), generator=generator)
+    lengths[torch.randint(batch, (), generator=generator)] = 0
+    monkeypatch.setitem(globals(), "LENGTHS", lengths)
+    monkeypatch.setitem(MASKS, "left", torch.rand(batch, LONGEST, generator=generator) < lengths[:, None] / 7)
+    layer = LAYERS[key]
+    built = spread(getattr(import_or_skip(layer.module), layer.name)(**layer.base))
+    inputs = [torch.randn(batch, *size, generator=generator) for size in ((WIDTH,), (LONGEST, WIDTH))]
+    (row,) = recattn.fuse(built, backend="torch")
+    recattn.unfuse(built)
+    for training in (True, False):
+        assert_fused_equals_own(
+            built.train(training),
+            lambda m, q, k: layer.call(m, q, k, "left"),
+            inputs,
+            remark=row.reason,
+            backend="torch",
+        )
