@@ -30,7 +30,8 @@ class Row(NamedTuple):
         layer: the name of its class.
         histories: the histories that this holds for: `"short"`, `"long"`, or empty for any, or those given.
         operator: the operator it calls; empty if none.
-        runs: `"kernel"`; `"composite"`, the PyTorch implementation; or `"eager"`.
+        runs: `"kernel"`; `"composite"`, the PyTorch implementation; `"eager"`; or `"library"`, the code of the library
+            whose layer `recattn.fuse` replaced.
         kernel: which of the operator's kernels.
         reason: the condition that decides.
     """
@@ -162,7 +163,7 @@ def _watching(model: Callable[..., Any], prefix: str, on_gpu: bool, rows: list[R
 
     def see(choice: Choice) -> None:
         path, layer = (paths[running[-1]], type(running[-1]).__name__) if running else (prefix, "")
-        runs = "composite" if choice.kernel is None else "kernel"
+        runs = "kernel" if choice.kernel is not None else "composite" if choice.operator else "library"
         add(Row(path, layer, "", choice.operator, runs, choice.kernel or "", choice.reason))
 
     def add(row: Row) -> None:

@@ -17,6 +17,8 @@ import torch
 import triton.language as tl
 from triton.runtime import interpreter
 
+from recattn.swap.coverage import SMALL
+
 _cast = interpreter.InterpreterBuilder.cast_impl
 
 
@@ -66,6 +68,12 @@ def poisoned_memory() -> Iterator[None]:
         yield
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True)
+def _no_batch_is_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets layers of other libraries that `recattn.fuse` replaced run fused, however small the batch."""
+    monkeypatch.setattr("recattn.swap.coverage.SMALL", dict.fromkeys(SMALL, 0))
 
 
 # How many random calls tests/test_fuzz.py makes. `make verify` takes the second, with a seed of its own.

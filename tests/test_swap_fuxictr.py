@@ -13,14 +13,12 @@ from swap_cases import (
     MASKS,
     TOLERANCES,
     WIDTH,
-    assert_exports_as_own,
     assert_fused_equals_own,
-    assert_state_survives,
     import_or_skip,
     run,
     spread,
 )
-from torch import Tensor, nn
+from torch import Tensor
 
 import recattn
 
@@ -168,6 +166,45 @@ def test_multi_head_target_attention(
     assert_fused_equals_own(layer, lambda m, q, k: m(q, k, mask), batch(), dtype)
 
 
+@pytest.mark.parametrize("kind", [None, *MASKS])
+@pytest.mark.parametrize("use_scale", [True, False])
+@pytest.mark.parametrize("heads", [1, 2])
+def test_heads_as_candidates_of_a_shared_history(
+    heads: int, use_scale: bool, kind: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What accelerators run, in float64."""
+    monkeypatch.setattr("recattn.swap.fuxictr.on_cpu", lambda _: False)
+    layer = spread(MultiHeadTargetAttention(WIDTH, attention_dim=6, num_heads=heads, use_scale=use_scale))
+    mask = None if kind is None else MASKS[kind]
+    assert_fused_equals_own(layer, lambda m, q, k: m(q, k, mask), batch())
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.float32, torch.float64])
+@pytest.mark.parametrize("training", [True, False])
+def test_multi_head_attention_takes_masks_of_any_dtype(training: bool, dtype: torch.dtype) -> None:
+    layer = spread(MultiHeadTargetAttention(WIDTH, attention_dim=6, num_heads=2)).train(training)
+    mask = MASKS["holes"].to(dtype)
+    assert_fused_equals_own(layer, lambda m, q, k: m(q, k, mask), batch())
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_multi_head_attention_over_nothing_and_over_all(masked: bool) -> None:
+    layer = spread(MultiHeadTargetAttention(WIDTH, attention_dim=6, num_heads=2))
+    mask = torch.full((BATCH, LONGEST), not masked)
+    assert_fused_equals_own(layer, lambda m, q, k: m(q, k, mask), batch())
+
+
+def test_multi_head_attention_with_valid_semantics_gives_0_for_an_empty_history() -> None:
+    layer = spread(MultiHeadTargetAttention(WIDTH, attention_dim=6, num_heads=2))
+    mask = MASKS["left"]
+    own = layer(*batch(), mask)
+    (row,) = recattn.fuse(layer, semantics="valid")
+    assert row.reason == "an empty history gives 0, not the mean of its padding"
+    out = layer(*batch(), mask)
+    assert (out[~mask.any(1)] == 0).all()
+    torch.testing.assert_close(out[mask.any(1)], own[mask.any(1)])
+
+
 def test_dropout_of_the_attention_is_the_library_s_own() -> None:
     layer = spread(MultiHeadTargetAttention(WIDTH, attention_dim=6, dropout_rate=0.3)).eval()
     remark = "in eval only: dropout of the attention is not built"
@@ -179,13 +216,6 @@ def test_dropout_of_the_attention_is_the_library_s_own() -> None:
     out = fused(query, keys, MASKS["left"])
     torch.manual_seed(3)
     assert torch.equal(out, layer.train()(query, keys, MASKS["left"]))
-
-
-def test_state_copies_and_export() -> None:
-    example = (*batch(), MASKS["left"])
-    for layer in (din(hidden_activations="dice"), spread(MultiHeadTargetAttention(WIDTH, 6, num_heads=2))):
-        assert_state_survives(nn.ModuleDict({"pool": layer}), lambda m: m["pool"](*example))
-        assert_exports_as_own(layer, example)
 
 
 def test_the_kernels_compute_the_same() -> None:

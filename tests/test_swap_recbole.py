@@ -12,9 +12,7 @@ from swap_cases import (
     LONGEST,
     TOLERANCES,
     WIDTH,
-    assert_exports_as_own,
     assert_fused_equals_own,
-    assert_state_survives,
     import_or_skip,
     spread,
 )
@@ -69,11 +67,3 @@ def test_another_length_than_the_mask_s_raises_as_in_the_library() -> None:
     recattn.fuse(layer)
     with pytest.raises(RuntimeError, match="must match"):
         layer(query, keys[:, :4], LENGTHS)
-
-
-def test_state_copies_and_export() -> None:
-    query, keys = batch()
-    example = (query, keys, LENGTHS)
-    layer = attention(return_seq_weight=False)
-    assert_state_survives(nn.ModuleDict({"pool": layer}), lambda m: m["pool"](*example))
-    assert_exports_as_own(layer, example)

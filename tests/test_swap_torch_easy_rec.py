@@ -16,9 +16,7 @@ from swap_cases import (
     LONGEST,
     TOLERANCES,
     WIDTH,
-    assert_exports_as_own,
     assert_fused_equals_own,
-    assert_state_survives,
     import_or_skip,
     spread,
 )
@@ -92,13 +90,6 @@ def test_what_is_left() -> None:
     assert list(recattn.fuse(encoder(use_ln=True))) == [
         ("", "DINEncoder", False, "mlp.mlp.0.perceptron.1: LayerNorm is not built")
     ]
-
-
-def test_state_copies_and_export() -> None:
-    example = (embedded(*batch()),)
-    layer = encoder(activation="Dice", use_bn=True)
-    assert_state_survives(nn.ModuleDict({"pool": layer}), lambda m: m["pool"](*example))
-    assert_exports_as_own(layer, example)
 
 
 @pytest.mark.parametrize("name", ["sequence_test", "activation_test"])

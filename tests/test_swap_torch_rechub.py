@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from typing import Any
 
 import pytest
@@ -12,16 +11,18 @@ from swap_cases import (
     LONGEST,
     TOLERANCES,
     WIDTH,
-    assert_exports_as_own,
     assert_fused_equals_own,
-    assert_state_survives,
     import_or_skip,
     spread,
 )
-from torch import Tensor, nn
+from torch import Tensor
 
 import recattn
+from recattn.composite.network import BLOCK_BYTES
 
+import_or_skip("torch_rechub.models.ranking.din")
+fused_module = import_or_skip("recattn.swap.torch_rechub")
+NO_KERNEL = fused_module.NO_KERNEL
 ActivationUnit = import_or_skip("torch_rechub.models.ranking.din").ActivationUnit
 REMARK = "without a mask, padding counts as items, as in the library"
 
@@ -44,10 +45,43 @@ def test_activation_unit(activation: str, use_softmax: bool, training: bool) -> 
         assert_fused_equals_own(layer, lambda m, k, q: m(k, q), batch(), dtype, REMARK)
 
 
-def test_its_dice_is_left() -> None:
-    assert list(recattn.fuse(unit(activation="dice"))) == [
-        ("", "ActivationUnit", False, "attention.mlp.2: Dice is not built")
-    ]
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("use_softmax", [True, False])
+def test_its_dice_is_computed_by_pytorch(use_softmax: bool, training: bool) -> None:
+    layer = unit(activation="dice", use_softmax=use_softmax).train(training)
+    remark = f"{REMARK}; {NO_KERNEL}"
+    for dtype in TOLERANCES:
+        fused = assert_fused_equals_own(
+            layer, lambda m, k, q: m(k, q), batch(), dtype, remark, least=10 if training else 1
+        )
+    recattn.fuse(fused, backend="triton")
+    with pytest.raises(NotImplementedError, match="has no kernel"):
+        fused(*batch())
+
+
+def test_predictions_by_dice_go_block_by_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, (history, target) = unit(activation="dice").eval(), batch()
+    with torch.no_grad():
+        expected = layer(history, target)
+        recattn.fuse(layer)
+        counted: list[int] = []
+        own = fused_module._scores_of_block
+        counting = lambda s, h, t: (counted.append(len(h)), own(s, h, t))[1]  # noqa: E731
+        monkeypatch.setattr(fused_module, "_scores_of_block", counting)
+        sizes: list[list[int]] = []
+        for room in (1, 3 * 4 * LONGEST * (WIDTH + 5 + 3), 1 << 20):  # one history at a time, three, all
+            monkeypatch.setitem(BLOCK_BYTES, "cpu", room)
+            torch.testing.assert_close(layer(history, target), expected)
+            sizes.append(counted[sum(map(len, sizes)) :])
+    assert sizes == [[1] * BATCH, [3, 3, 1], [BATCH]]
+
+
+def test_dice_without_running_statistics_uses_the_batch_s_in_eval_too() -> None:
+    layer = unit(activation="dice").eval()
+    for norm in (layer.attention.mlp[1], layer.attention.mlp[5]):
+        norm.track_running_stats = False
+        norm.running_mean = norm.running_var = norm.num_batches_tracked = None
+    assert_fused_equals_own(layer, lambda m, k, q: m(k, q), batch(), remark=f"{REMARK}; {NO_KERNEL}")
 
 
 def test_a_single_position_raises_in_training_as_in_the_library() -> None:
@@ -55,30 +89,3 @@ def test_a_single_position_raises_in_training_as_in_the_library() -> None:
     recattn.fuse(layer)
     with pytest.raises(ValueError, match="more than 1 value per channel"):
         layer(torch.ones(1, 1, WIDTH), torch.ones(1, WIDTH))
-
-
-def test_state_copies_and_export() -> None:
-    example = tuple(batch())
-    layer = unit()
-    for i in (3, 7):
-        layer.attention.mlp[i].p = 0.0  # TorchScript does not take the library's 0
-    assert_state_survives(nn.ModuleDict({"pool": layer}), lambda m: m["pool"](*example))
-    torch.jit.script(layer)
-    assert_exports_as_own(layer, example)
-
-
-@pytest.mark.parametrize("dynamo", [False, True])
-@pytest.mark.filterwarnings("ignore")
-def test_onnx_has_the_layer_of_the_library(dynamo: bool) -> None:
-    onnx = import_or_skip("onnx")
-    if dynamo:
-        import_or_skip("onnxscript")
-    layer = unit().eval()
-    graphs = []
-    for _ in range(2):
-        file = io.BytesIO()
-        torch.onnx.export(layer, tuple(batch()), file, dynamo=dynamo, verbose=False)
-        graphs.append([node.op_type for node in onnx.load_from_string(file.getvalue()).graph.node])
-        recattn.fuse(layer)
-    assert graphs[0] == graphs[1]
-    assert "Concat" in graphs[1]

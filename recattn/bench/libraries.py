@@ -170,6 +170,7 @@ def _recbole(name: str, sizes: Sizes) -> Example:
             "embedding_size": sizes.dim,
             "MAX_ITEM_LIST_LENGTH": sizes.longest,
             "mlp_hidden_size": [80, 40],
+            "dropout_prob": 0.0,  # which the two models would draw differently
             "use_gpu": False,
             "checkpoint_dir": scratch,
             "log_wandb": False,
@@ -179,6 +180,13 @@ def _recbole(name: str, sizes: Sizes) -> Example:
         dataset = import_peer("recbole.data").create_dataset(config)
         dataset.build()
         model = model_class(config, dataset)
+    if name == "AFM":  # of the fields of MovieLens-100K, one of which has several values
+        singles = zip(model.token_field_names, model.token_field_dims, strict=True)
+        several = zip(model.token_seq_field_names, model.token_seq_field_dims, strict=True)
+        fields = {field: torch.randint(1, size, (sizes.batch,)) for field, size in singles}
+        fields |= {field: torch.randint(size, (sizes.batch, 3)) for field, size in several}
+        fields["label"] = Batch.of(sizes).label
+        return Example(model, lambda m: m.predict(fields), lambda m: m.calculate_loss(fields))
     few = Sizes(sizes.batch, sizes.longest, sizes.fill, sizes.dim, items=1600, users=900)
     batch = Batch.of(few, least=2 if name == "DIEN" else 1)
     interaction = {
@@ -202,9 +210,10 @@ def _torch_rechub(name: str, sizes: Sizes) -> Example:
     def history(column: str) -> Any:
         return kinds.SequenceFeature(column, **item, pooling="concat", shared_with="item", padding_idx=0)
 
-    module, mlp = import_peer(f"torch_rechub.models.ranking.{name.lower()}"), {"dims": [80, 40]}
-    if name == "DIN":
-        attention = {"dims": [80, 40], "activation": "sigmoid"}
+    kind, _, dice = name.partition("-")
+    module, mlp = import_peer(f"torch_rechub.models.ranking.{kind.lower()}"), {"dims": [80, 40]}
+    if kind == "DIN":
+        attention = {"dims": [80, 40], "activation": "dice" if dice else "sigmoid"}
         model = module.DIN([user], [history("history")], [target], mlp, attention)
     else:
         model = module.DIEN([user], [history("history")], [history("negatives")], [target], mlp)
@@ -261,8 +270,8 @@ def _torch_easy_rec(name: str, sizes: Sizes) -> Example:
 LIBRARIES: dict[str, tuple[tuple[str, ...], Callable[[str, Sizes], Example]]] = {
     "deepctr-torch": (("DIN", "DIN-Dice", "DIEN", "AFM"), _deepctr_torch),
     "fuxictr": (("DIN", "DIEN"), _fuxictr),
-    "recbole": (("DIN", "DIEN"), _recbole),
-    "torch-rechub": (("DIN", "DIEN"), _torch_rechub),
+    "recbole": (("DIN", "DIEN", "AFM"), _recbole),
+    "torch-rechub": (("DIN", "DIN-Dice", "DIEN"), _torch_rechub),
     "torch-easy-rec": (("DINEncoder", "SimpleAttention"), _torch_easy_rec),
 }
 

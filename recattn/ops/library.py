@@ -59,6 +59,17 @@ def explaining(seen: Callable[[Choice], None], on_gpu: bool) -> Iterator[None]:
         _explaining = before
 
 
+def report_library(reason: str) -> None:
+    """Reports, if calls are, that no operator runs, but the code of the library whose layer was to be replaced."""
+    if _explaining is not None:
+        _explaining.seen(Choice("", None, reason))
+
+
+def on_cpu(tensor: torch.Tensor) -> bool:
+    """Whether a call with a tensor is one on a CPU, and not reported as one on a GPU."""
+    return tensor.is_cpu and not (_explaining is not None and _explaining.on_gpu)
+
+
 class _Explaining(NamedTuple):
     seen: Callable[[Choice], None]
     on_gpu: bool

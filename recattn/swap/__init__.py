@@ -7,6 +7,7 @@ optimizers, `state_dict`, wrappers, `deepcopy`.
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections.abc import Iterator
 from importlib import import_module
@@ -16,7 +17,7 @@ from torch import nn
 
 from recattn.backend import BACKENDS
 from recattn.functional.checks import check_choice
-from recattn.swap.coverage import OPTIONS, Options, Swap, Uncovered
+from recattn.swap.coverage import OPTIONS, SMALL, Options, Swap, Uncovered, unit_of
 from recattn.swap.report import Report, Row
 
 __all__ = ["SEMANTICS", "Report", "Row", "fuse", "unfuse"]
@@ -44,10 +45,14 @@ PEERS = {
 def fuse(model: nn.Module, *, backend: str = "auto", semantics: str = "exact") -> Report:
     """Replaces the layers of a model that a fused operator computes, in place.
 
-    TorchEasyRec. Parameters are shared, the keys and shapes of `state_dict` stay, and the layer's hooks,
-    `train`/`eval`, `to`, `deepcopy` and pickling work as before (a model pickled whole needs recattn to load). There
-    are no second derivatives, and NaN in the padding, which spoils the output of most libraries, does nothing. Export
-    and tracing (torch.fx, TorchScript, `torch.export`, ONNX) see the library's own layers.
+    Of DeepCTR-Torch, FuxiCTR, RecBole, torch-rechub and TorchEasyRec. Parameters are shared, the keys and shapes of
+    `state_dict` stay, and the layer's hooks, `train`/`eval`, `to`, `deepcopy` and pickling work as before (a model
+    pickled whole needs recattn to load). Fused layers have no second derivatives, and NaN in the padding, which spoils
+    the output of most libraries, does nothing to theirs.
+
+    Export and tracing (torch.fx, TorchScript, `torch.export`, ONNX) see the library's own layers. Small batches on a
+    CPU run these too, which takes less time; but not under other than exact semantics, nor where a backend is asked for
+    by name. The report says how small.
 
     Args:
         model: any module; it may itself be such a layer.
@@ -68,12 +73,14 @@ def fuse(model: nn.Module, *, backend: str = "auto", semantics: str = "exact") -
     check_choice("semantics", semantics, SEMANTICS)
     options = Options(backend, semantics)
     swaps = list(_swaps(model))
-    rows = []
+    rows, notes = [], {}
     for path, module in model.named_modules():
         for swap in swaps:
             if isinstance(module, swap.original):
                 rows.append(Row(path, swap.original.__name__, *_swapped(module, swap, options)))
-    return Report(tuple(rows))
+                if rows[-1].swapped and swap.operator and options == Options():
+                    notes[swap.original.__name__] = swap.operator
+    return Report(tuple(rows), tuple(itertools.starmap(_note, notes.items())))
 
 
 def unfuse(model: Model) -> Model:
@@ -100,6 +107,14 @@ def _swaps(model: nn.Module) -> Iterator[Swap]:
     for peer, ours in PEERS.items():
         if sys.modules.get(peer) is not None:
             yield from import_module(ours).SWAPS
+
+
+def _note(layer: str, operator: str) -> str:
+    """What the report says of the small batches of a layer."""
+    training = SMALL.get(f"{operator}_statistics")
+    few = f"{SMALL[operator]} {unit_of(operator)}"
+    more = f" ({training} in training with batch norm or Dice)" if training else ""
+    return f"{layer}: batches of fewer than {few}{more} on a CPU run the library's own code"
 
 
 def _swapped(module: nn.Module, swap: Swap, options: Options) -> tuple[bool, str]:

@@ -11,7 +11,7 @@ from deepctr_torch.layers.core import DNN, LocalActivationUnit
 from deepctr_torch.layers.sequence import AttentionSequencePoolingLayer
 from torch import Tensor, nn
 
-from recattn.swap.coverage import Options, Swap, Uncovered, expect, expect_own, instead_of
+from recattn.swap.coverage import Options, Swap, Uncovered, expect, expect_own, instead_of, leave_small
 from recattn.swap.histories import MEAN, ZERO, Padded, attend, by_length, remarks
 from recattn.swap.scorers import Gate, Scorer
 
@@ -43,6 +43,7 @@ class FusedAttentionSequencePoolingLayer(AttentionSequencePoolingLayer):
         Returns:
             `[B, 1, E]`, or with `return_score` the attention, `[B, 1, T]`.
         """
+        leave_small(keys, Options.of(self), "activation_unit")
         result = attend(
             _scorer(self),
             query.squeeze(1),
@@ -113,4 +114,4 @@ def _check(layer: Any, options: Options) -> Sequence[str]:
     return remarks(_scorer(layer), options, _pooling(layer)["empty"])
 
 
-SWAPS = (Swap(AttentionSequencePoolingLayer, FusedAttentionSequencePoolingLayer, _check),)
+SWAPS = (Swap(AttentionSequencePoolingLayer, FusedAttentionSequencePoolingLayer, _check, "activation_unit"),)

@@ -10,7 +10,7 @@ from deepctr_torch.layers.interaction import AFMLayer
 from torch import Tensor
 
 from recattn import functional
-from recattn.swap.coverage import Options, Swap, Uncovered, expect_own, instead_of
+from recattn.swap.coverage import Options, Swap, Uncovered, expect_own, instead_of, leave_small
 
 __all__ = ["SWAPS", "FusedAFMLayer"]
 
@@ -24,6 +24,8 @@ class FusedAFMLayer(AFMLayer):
         expect_own("forward", self)
         if len(inputs) < 2 or any(x.shape != inputs[0].shape for x in inputs) or inputs[0].shape[1:2] != (1,):
             raise Uncovered(f"inputs: {[tuple(x.shape) for x in inputs]}")
+        pairs = len(inputs[0]) * len(inputs) * (len(inputs) - 1) // 2
+        leave_small(inputs[0], Options.of(self), "pairwise_pool", pairs)
         pooled, weights = functional.pairwise_pool(
             torch.cat(list(inputs), 1),
             self.attention_W.t(),
@@ -40,4 +42,4 @@ def _check(layer: Any, _: Options) -> Sequence[str]:
     return ()
 
 
-SWAPS = (Swap(AFMLayer, FusedAFMLayer, _check),)
+SWAPS = (Swap(AFMLayer, FusedAFMLayer, _check, "pairwise_pool"),)

@@ -16,8 +16,9 @@ from torch.nn import functional as F
 from recattn import functional
 from recattn.backend import requested_backend
 from recattn.jagged import offsets_of
-from recattn.swap.coverage import Options, Swap, Uncovered, expect, expect_own, instead_of
-from recattn.swap.histories import IN_WORDS, MEAN, ZERO, Padded, attend, remarks
+from recattn.ops.library import on_cpu
+from recattn.swap.coverage import Options, Swap, Uncovered, expect, expect_own, instead_of, leave_small
+from recattn.swap.histories import IN_WORDS, MEAN, ZERO, Padded, attend, in_table, remarks, table_of
 from recattn.swap.scorers import Gate, Scorer
 
 __all__ = ["SWAPS", "FusedDINAttention", "FusedMultiHeadTargetAttention"]
@@ -42,6 +43,7 @@ class FusedDINAttention(DIN_Attention):
         Returns:
             `[B, D]`; in float32 at least with a mask, which the library multiplies by in float32.
         """
+        leave_small(history_sequence, Options.of(self), "activation_unit")
         _check_shapes(target_item, history_sequence)
         history = Padded(history_sequence, valid_of(mask, history_sequence))
         pooled = attend(_scorer(self), target_item, history, Options.of(self), **_pooling(self))
@@ -63,6 +65,7 @@ class FusedMultiHeadTargetAttention(MultiHeadTargetAttention):
         Returns:
             `[B, D]`.
         """
+        leave_small(history_sequence, Options.of(self), "target_attention")
         _check_multi_head(self)
         if self.training and self.dot_attention.dropout is not None:
             raise Uncovered("dropout of the attention is not built")
@@ -75,16 +78,19 @@ class FusedMultiHeadTargetAttention(MultiHeadTargetAttention):
             )
             assert isinstance(pooled, Tensor)
             return self._pooled(history, pooled)
-        if target_item.is_cpu and requested_backend() != "triton":
+        if on_cpu(target_item) and requested_backend() != "triton":
             return self.W_o(self._of_projected_items(target_item, history))
         return self.W_o(self._of_shared_items(target_item, history))
 
     def _of_projected_items(self, target: Tensor, history: Padded) -> Tensor:
         """Projects the items that count, which on a CPU takes less than candidates do."""
         batch, longest = history.keys.shape[:2]
-        keys, offsets = history.keys.flatten(0, 1), torch.arange(batch + 1) * longest
-        if history.valid is not None:
-            keys = keys.index_select(0, history.valid.flatten().nonzero().squeeze(1))
+        if history.valid is None:
+            keys, offsets = history.keys.flatten(0, 1), torch.arange(batch + 1) * longest
+        else:
+            table, step = table_of(history.keys)
+            rows = history.valid.flatten().nonzero().squeeze(1)
+            keys = table.index_select(0, in_table(rows, longest, step))
             offsets = offsets_of(history.valid.sum(1))
         pooled = functional.target_attention(
             self.W_q(target),
@@ -204,6 +210,6 @@ def _remark_multi_head(layer: Any, options: Options) -> Sequence[str]:
 
 
 SWAPS = (
-    Swap(DIN_Attention, FusedDINAttention, _check_din),
-    Swap(MultiHeadTargetAttention, FusedMultiHeadTargetAttention, _remark_multi_head),
+    Swap(DIN_Attention, FusedDINAttention, _check_din, "activation_unit"),
+    Swap(MultiHeadTargetAttention, FusedMultiHeadTargetAttention, _remark_multi_head, "target_attention"),
 )

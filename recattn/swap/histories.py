@@ -11,7 +11,7 @@ from torch import Tensor
 
 from recattn import functional
 from recattn.jagged import pack, unpack
-from recattn.swap.coverage import Options, Uncovered
+from recattn.swap.coverage import Options, Uncovered, leave_small
 from recattn.swap.scorers import Scorer
 
 MEAN, ZERO, NAN = "mean", "zero", "nan"
@@ -26,12 +26,16 @@ class Padded(NamedTuple):
 
     def layout(self) -> dict[str, Any]:
         """`keys`, `offsets` and `rows` of an operator."""
-        keys = self.keys.flatten(0, 1)
-        if self.valid is None:
-            batch, longest = self.keys.shape[:2]
-            return {"keys": keys, "offsets": torch.arange(batch + 1, device=keys.device) * longest}
-        rows, offsets = pack(self.valid)
-        return {"keys": keys, "offsets": offsets, "rows": rows}
+        batch, longest = self.keys.shape[:2]
+        keys, step = table_of(self.keys)
+        if self.valid is not None:
+            rows, offsets = pack(self.valid)
+            return {"keys": keys, "offsets": offsets, "rows": in_table(rows, longest, step)}
+        offsets = torch.arange(batch + 1, device=keys.device) * longest
+        if step == longest:
+            return {"keys": keys, "offsets": offsets, "rows": None}
+        rows = torch.arange(batch * longest, device=keys.device)
+        return {"keys": keys, "offsets": offsets, "rows": in_table(rows, longest, step)}
 
     def pooled(self, result: Tensor, empty: str) -> Tensor:
         """`[B, D]` with what an empty history has, instead of 0."""
@@ -68,6 +72,38 @@ class Padded(NamedTuple):
         return None if empty.is_cpu and not torch.compiler.is_compiling() and not bool(empty.any()) else empty
 
 
+class _Table(torch.autograd.Function):
+    """Histories `[B, L, D]`, the first items of which are `step` rows apart, as the rows `[R, D]` from the first to the
+    last. Both this and its gradient are views: what lies between two histories is in the table, and in no history."""
+
+    @staticmethod
+    def forward(ctx: Any, padded: Tensor, step: int) -> Tensor:
+        batch, longest, width = ctx.shape = padded.shape
+        ctx.step = step
+        return padded.as_strided(((batch - 1) * step + longest, width), padded.stride()[1:])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        row, column = grad.stride()
+        return grad.as_strided(ctx.shape, (ctx.step * row, row, column)), None
+
+
+def table_of(padded: Tensor) -> tuple[Tensor, int]:
+    """Histories `[B, L, D]` as rows `[R, D]`, and how many rows each history begins behind the one before it. A view
+    where rows are evenly spaced, as those of a slice of longer histories are."""
+    batch, longest, width = padded.shape
+    history, row, column = padded.stride()
+    apart = 0 < longest * row < history and history % row == 0 and column == 1 and row >= width
+    if batch < 2 or not apart or torch.compiler.is_compiling():
+        return padded.flatten(0, 1), longest
+    return _Table.apply(padded, history // row), history // row
+
+
+def in_table(rows: Tensor, longest: int, step: int) -> Tensor:
+    """Rows of `[B·L, D]` as rows of such a table."""
+    return rows if step == longest else rows + rows.div(longest, rounding_mode="floor") * (step - longest)
+
+
 def by_length(lengths: Tensor, longest: int) -> Tensor:
     """`[B, L]` bool, right padded, of lengths `[B]` of any dtype."""
     position = torch.arange(longest, device=lengths.device, dtype=lengths.dtype)
@@ -92,9 +128,10 @@ def attend(
     """
     empty = empty if options.exact else ZERO
     if scorer.needs_moments:
+        leave_small(history.keys, options, "activation_unit_statistics")
         _check_moments(scorer, history, options)
     data: dict[str, Any] = {"query": query, **history.layout(), "unique_rows": True}
-    everything = {**data, **Padded(history.keys, None).layout(), "rows": None} if options.exact else data
+    everything = {**data, **Padded(history.keys, None).layout()} if options.exact else data
     if scorer.drops:
         seed = torch.empty(1, dtype=torch.int64, device=query.device).random_()
         data |= {"dropout": scorer.drops, "seed": seed}

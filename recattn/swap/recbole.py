@@ -9,7 +9,7 @@ import torch
 from recbole.model.layers import Dice, MLPLayers, SequenceAttLayer
 from torch import Tensor, nn
 
-from recattn.swap.coverage import Options, Swap, Uncovered, expect, expect_own, instead_of
+from recattn.swap.coverage import Options, Swap, Uncovered, expect, expect_own, instead_of, leave_small
 from recattn.swap.histories import NAN, ZERO, Padded, attend, by_length, remarks
 from recattn.swap.scorers import Scorer
 
@@ -36,6 +36,7 @@ class FusedSequenceAttLayer(SequenceAttLayer):
         Returns:
             `[B, 1, D]`, or with `return_seq_weight` the attention, `[B, 1, T]`.
         """
+        leave_small(keys, Options.of(self), "activation_unit")
         batch, longest, width = keys.shape
         if queries.shape != (batch, width) or keys_length.shape != (batch,):
             raise Uncovered(f"queries, keys_length: {tuple(queries.shape)}, {tuple(keys_length.shape)}")
@@ -81,4 +82,4 @@ def _check(layer: Any, options: Options) -> Sequence[str]:
     return remarks(_scorer(layer), options, _pooling(layer)["empty"])
 
 
-SWAPS = (Swap(SequenceAttLayer, FusedSequenceAttLayer, _check),)
+SWAPS = (Swap(SequenceAttLayer, FusedSequenceAttLayer, _check, "activation_unit"),)

@@ -10,7 +10,7 @@ from recbole.model.layers import AttLayer
 from torch import Tensor, nn
 
 from recattn import functional
-from recattn.swap.coverage import Options, Swap, expect, expect_own, instead_of
+from recattn.swap.coverage import Options, Swap, expect, expect_own, instead_of, leave_small
 
 __all__ = ["SWAPS", "FusedAFM"]
 
@@ -21,6 +21,8 @@ class FusedAFM(AFM):
     @instead_of(AFM.afm_layer)
     def afm_layer(self, infeature: Tensor) -> Tensor:
         """The logits `[B, 1]` of features `[B, F, E]`."""
+        batch, fields = infeature.shape[:2]
+        leave_small(infeature, Options.of(self), "pairwise_pool", batch * fields * (fields - 1) // 2)
         _check(self, Options())
         weight = self.attlayer.w.weight
         pooled = functional.pairwise_pool(infeature, weight, weight.new_zeros(len(weight)), self.attlayer.h)
@@ -36,4 +38,4 @@ def _check(model: Any, _: Options) -> Sequence[str]:
     return ()
 
 
-SWAPS = (Swap(AFM, FusedAFM, _check),)
+SWAPS = (Swap(AFM, FusedAFM, _check, "pairwise_pool"),)

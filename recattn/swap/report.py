@@ -28,6 +28,7 @@ class Report:
     """The layers of a model that a fused one exists for, as `named_modules` finds them; prints as a table."""
 
     rows: tuple[Row, ...]
+    notes: tuple[str, ...] = ()  # below the table
 
     def __iter__(self) -> Iterator[Row]:
         return iter(self.rows)
@@ -43,6 +44,6 @@ class Report:
             cells.append((row.path or "(model)", row.layer, "yes" if row.swapped else "no", row.reason))
         widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
         lines = ("  ".join(map(str.ljust, line, widths)).rstrip() for line in cells)
-        return "\n".join(lines)
+        return "\n".join([*lines, *self.notes])
 
     __repr__ = __str__

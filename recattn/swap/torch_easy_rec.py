@@ -14,7 +14,8 @@ from tzrec.modules.utils import Transpose
 
 from recattn import functional
 from recattn.backend import requested_backend
-from recattn.swap.coverage import Options, Swap, Uncovered, expect, expect_own, instead_of
+from recattn.ops.library import on_cpu
+from recattn.swap.coverage import Options, Swap, Uncovered, expect, expect_own, instead_of, leave_small
 from recattn.swap.histories import IN_WORDS, MEAN, ZERO, Padded, attend, by_length, remarks
 from recattn.swap.scorers import Gate, Scorer
 
@@ -34,6 +35,7 @@ class FusedDINEncoder(DINEncoder):
         """Pools `{input}.sequence [B, L, D]`, of `{input}.sequence_length [B]`, by `{input}.query [B, Dq]`; returns
         `[B, D]`."""
         query, history = _inputs(self, sequence_embedded)
+        leave_small(history.keys, Options.of(self), "activation_unit")
         missing = history.keys.shape[2] - query.shape[1]
         if missing < 0 or query.shape[1] != self._query_dim:
             raise Uncovered(f"query: {tuple(query.shape)}")
@@ -49,7 +51,7 @@ class FusedSimpleAttention(SimpleAttention):
         """As of `DINEncoder`, with a query as wide as the sequence."""
         expect_own("forward", self)
         query, history = _inputs(self, sequence_embedded)
-        if query.is_cpu and requested_backend() == "auto" and Options.of(self).exact:
+        if on_cpu(query) and requested_backend() == "auto" and Options.of(self).exact:
             raise Uncovered(ON_THE_CPU)
         if query.shape[1] != history.keys.shape[2]:
             raise Uncovered(f"query: {tuple(query.shape)}")
@@ -112,6 +114,6 @@ def _check_simple(layer: Any, options: Options) -> Sequence[str]:
 
 
 SWAPS = (
-    Swap(DINEncoder, FusedDINEncoder, _check_din),
+    Swap(DINEncoder, FusedDINEncoder, _check_din, "activation_unit"),
     Swap(SimpleAttention, FusedSimpleAttention, _check_simple),
 )
