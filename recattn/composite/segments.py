@@ -5,13 +5,10 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from recattn.ops.candidates import pieces
-
-# Rows that are added one by one; what they add up to is then added again. The sum of 30 000 rows one by one has about
-# ten times the error, which attention's backward takes over.
+# At most as many rows are added one by one; what they add up to is then added again. The sum of 30 000 rows one by one
+# has about ten times the error, which attention's backward takes over.
 PIECE = 32
 
 
@@ -25,13 +22,11 @@ class Segments(NamedTuple):
     @classmethod
     def of(cls, offsets: Tensor, total: int) -> Segments:
         offsets = offsets.to(torch.int64)
-        lengths = offsets.diff()
-        if total <= PIECE or (offsets.is_cpu and int(lengths.max()) <= PIECE):
+        if total <= PIECE or (offsets.is_cpu and int((offsets[1:] - offsets[:-1]).max()) <= PIECE):
             return cls(offsets, total, None)
-        _, begin, _ = pieces(offsets, PIECE, total)
-        edges = torch.cat([begin.minimum(offsets[-1]), offsets[-1:]])
-        among = F.pad((lengths + PIECE - 1).div_(PIECE, rounding_mode="floor").cumsum(0), (1, 0))
-        return cls(offsets, total, (edges, among))
+        steps = torch.arange(0, total, PIECE, device=offsets.device)
+        edges = torch.cat((offsets, steps)).sort().values
+        return cls(offsets, total, (edges, torch.searchsorted(edges, offsets)))
 
     def sum(self, x: Tensor, weights: Tensor | None = None, rows: Tensor | None = None) -> Tensor:
         """`[total, C]` to `[n, C]`, weighted by `[total]` if asked; or of the rows `[total]`, int64, of x."""
@@ -48,4 +43,4 @@ class Segments(NamedTuple):
 
 def _bags(rows: Tensor, x: Tensor, offsets: Tensor, weights: Tensor | None) -> Tensor:
     # The rows behind the last offset make a bag of their own, which is dropped.
-    return F.embedding_bag(rows, x, offsets, mode="sum", per_sample_weights=weights)[:-1]
+    return torch.embedding_bag(x, rows, offsets, mode=0, per_sample_weights=weights)[0][:-1]
