@@ -31,7 +31,8 @@ class Row(NamedTuple):
         histories: the histories that this holds for: `"short"`, `"long"`, or empty for any, or those given.
         operator: the operator it calls; empty if none.
         runs: `"kernel"`; `"composite"`, the PyTorch implementation; or `"eager"`.
-        kernel: which of the operator's kernels.
+        kernel: which of the operator's kernels; `"few rows"` for the composite of activation_unit where it keeps hidden
+            units from forward to backward, if that is asked for.
         reason: the condition that decides.
     """
 
@@ -163,7 +164,7 @@ def _watching(model: Callable[..., Any], prefix: str, on_gpu: bool, rows: list[R
     def see(choice: Choice) -> None:
         path, layer = (paths[running[-1]], type(running[-1]).__name__) if running else (prefix, "")
         runs = "composite" if choice.kernel is None else "kernel"
-        add(Row(path, layer, "", choice.operator, runs, choice.kernel or "", choice.reason))
+        add(Row(path, layer, "", choice.operator, runs, choice.kernel or choice.variant, choice.reason))
 
     def add(row: Row) -> None:
         if row not in rows:

@@ -32,6 +32,7 @@ def error_ratios(cases: Any, function: Callable[..., Any], draws: list[Any]) -> 
     return {name: (ours[name] / eager[name]) ** 0.5 for name in ours}
 
 
+@pytest.mark.usefixtures("rows")
 @pytest.mark.parametrize("lengths", [[30_000], [100] * 64], ids=["one of 30 000", "64 of 100"])
 def test_the_composite_of_activation_unit_has_the_error_of_eager_code(lengths: list[int]) -> None:
     draws = [

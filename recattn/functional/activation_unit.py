@@ -108,6 +108,7 @@ def activation_unit(
         )
     check_layers(query, weights, biases, params, features, scores=True)
     seed = check_noise(dropout, seed, keys.device)
+    backend = requested_backend()
     out, attention, *_ = _op.forward_op(
         query,
         keys,
@@ -128,6 +129,7 @@ def activation_unit(
         normalize,
         float(scale),
         return_scores,
-        requested_backend(),
+        backend,
+        _op.keeps(keys, query_offsets, rows, weights, dropout, backend),
     )
     return (out, attention) if return_scores else out
