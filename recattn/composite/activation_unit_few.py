@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from functools import cached_property, partial
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -44,6 +44,7 @@ class Block(NamedTuple):
 
     rows: slice
     sequence: Tensor  # [n], of each row
+    nth: Tensor  # [n], which of the block's sequences that is
     keys: Tensor  # [n, D]
     values: Tensor  # [n, Dv]
     segments: Segments
@@ -54,7 +55,8 @@ class Rows:
 
     def __init__(self, unit: Unit) -> None:
         self.offsets = unit.offsets.to(torch.int64)
-        self.sequence = torch.repeat_interleave(self.offsets[1:] - self.offsets[:-1])
+        self.lengths = self.offsets[1:] - self.offsets[:-1]
+        self.sequence = torch.repeat_interleave(self.lengths)
         self.total = self.sequence.numel()
         self.places = torch.arange(self.total)
         self.keys = self._read(unit.keys, unit)
@@ -70,7 +72,8 @@ class Rows:
         batch, size = self.offsets.numel() - 1, BLOCK_BYTES // self.row_bytes
         if self.total <= size:
             if self.total:
-                yield Block(slice(0, self.total), self.sequence, self.keys, self.values, self.segments)
+                rows, sequence = slice(0, self.total), self.sequence
+                yield Block(rows, sequence, sequence, self.keys, self.values, self.segments)
             return
         bounds = self.offsets.tolist()
         size = -(-self.total // -(-self.total // size))
@@ -80,15 +83,16 @@ class Rows:
             least = bounds[bisect_right(bounds, begin)]  # the end of the first sequence that has rows
             last = bisect_right(bounds, max(begin + size, least)) - 1
             rows = slice(begin, bounds[last])
-            keys = self.keys[rows]
+            keys, sequence = self.keys[rows], self.sequence[rows]
             values = keys if self.values is self.keys else self.values[rows]
-            segments = Segments.of(self.offsets[first : last + 1] - begin, rows.stop - begin)
-            yield Block(rows, self.sequence[rows], keys, values, segments)
+            offsets = self.offsets[first : last + 1] - begin
+            segments = Segments.of(offsets, rows.stop - begin, self.lengths[first:last])
+            yield Block(rows, sequence, sequence - first, keys, values, segments)
             first = last
 
     @cached_property
     def segments(self) -> Segments:
-        return Segments.of(self.offsets, self.total)
+        return Segments.of(self.offsets, self.total, self.lengths)
 
 
 def forward(unit: Unit, keep: bool) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
@@ -140,10 +144,9 @@ def _softmax_(scores: Tensor, rows: Rows) -> Tensor:
     backward of `composite.activation_unit` may compute it again."""
     if rows.total == 0:
         return scores.new_ones(rows.offsets.numel() - 1, 2)
-    reduced = partial(torch.segment_reduce, scores, offsets=rows.offsets, unsafe=True)
-    peak = reduced("max").mul_(LOG2_E)
+    peak = torch.segment_reduce(scores, "max", offsets=rows.offsets, unsafe=True).mul_(LOG2_E)
     scores.sub_((peak * LN_2).index_select(0, rows.sequence)).exp_()
-    mass = reduced("sum")
+    mass = rows.segments.sum_numbers(scores)
     scores.div_(mass.index_select(0, rows.sequence))
     return torch.stack((peak, mass), 1)
 
@@ -164,9 +167,10 @@ class Sums(NamedTuple):
 
 
 def backward(
-    unit: Unit, grad_out: Tensor, grad_scores: Tensor | None, delta: Tensor | None, kept: Sequence[Tensor]
+    unit: Unit, grad_out: Tensor, grad_scores: Tensor | None, kept: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor, Tensor, list[Tensor], list[Tensor], list[Tensor]]:
-    """As that of `composite.activation_unit`, from what forward kept."""
+    """As that of `composite.activation_unit`, from what forward kept. What softmax subtracts is the sum over the very
+    numbers that it is subtracted from: that of out, rounded, may leave more than eager code does."""
     *known, attention = kept
     rows, query, grad_out = Rows(unit), unit.query.to(unit.dtype), grad_out.to(unit.dtype)
     first, (weights, _) = unit.first, _scaled(unit)
@@ -184,8 +188,8 @@ def backward(
             grad += grad_scores[block.rows]
         match unit.normalize:
             case "softmax":
-                assert delta is not None
-                grad.sub_(delta.index_select(0, block.sequence)).mul_(weight)
+                delta = block.segments.sum_numbers(grad * weight)
+                grad.sub_(delta.index_select(0, block.nth)).mul_(weight)
             case "exp":
                 grad.mul_(weight)
             case "sigmoid":
@@ -209,11 +213,13 @@ def backward(
     if unit.scale != 1:
         total.weights[-1].mul_(unit.scale)
         total.biases[-1].mul_(unit.scale)
+    key, product = total.folded
     return (
         _joined(grad_query),
         _finished(grad_keys, unit, rows, unit.keys),
         None if grad_values is None else _finished(grad_values, unit, rows, unit.values),
-        *total.folded,
+        key,
+        product,
         _joined(grad_bias),
         total.weights,
         total.biases,

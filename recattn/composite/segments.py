@@ -17,16 +17,22 @@ class Segments(NamedTuple):
 
     offsets: Tensor  # [n + 1], int64, from 0
     total: int
-    pieces: tuple[Tensor, Tensor] | None  # the offsets of pieces, and those of the segments among these
+    pieces: tuple[Tensor, Segments] | None  # the offsets of pieces, and the segments that pieces make
 
     @classmethod
-    def of(cls, offsets: Tensor, total: int) -> Segments:
+    def of(cls, offsets: Tensor, total: int, lengths: Tensor | None = None) -> Segments:
+        """`lengths` are those of the segments, where they are at hand."""
         offsets = offsets.to(torch.int64)
-        if total <= PIECE or (offsets.is_cpu and int((offsets[1:] - offsets[:-1]).max()) <= PIECE):
+        longest = total
+        if total > PIECE and offsets.is_cpu:
+            longest = int((offsets[1:] - offsets[:-1] if lengths is None else lengths).max())
+        if longest <= PIECE:
             return cls(offsets, total, None)
         steps = torch.arange(0, total, PIECE, device=offsets.device)
         edges = torch.cat((offsets, steps)).sort().values
-        return cls(offsets, total, (edges, torch.searchsorted(edges, offsets)))
+        among, count = torch.searchsorted(edges, offsets), edges.numel() - 1
+        many = longest > PIECE * PIECE
+        return cls(offsets, total, (edges, cls.of(among, count) if many else cls(among, count, None)))
 
     def sum(self, x: Tensor, weights: Tensor | None = None, rows: Tensor | None = None) -> Tensor:
         """`[total, C]` to `[n, C]`, weighted by `[total]` if asked; or of the rows `[total]`, int64, of x."""
@@ -37,8 +43,13 @@ class Segments(NamedTuple):
         if self.pieces is None:
             return _bags(rows, x, self.offsets, weights)
         edges, among = self.pieces
-        parts = _bags(rows, x, edges, weights)
-        return _bags(torch.arange(parts.shape[0], device=x.device), parts, among, None)
+        return among.sum(_bags(rows, x, edges, weights))
+
+    def sum_numbers(self, x: Tensor) -> Tensor:
+        """`[total]` to `[n]`; cheaper than as `[total, 1]`."""
+        edges = self.offsets if self.pieces is None else self.pieces[0]
+        parts = torch.segment_reduce(x, "sum", offsets=edges, unsafe=True)
+        return parts if self.pieces is None else self.pieces[1].sum_numbers(parts)
 
 
 def _bags(rows: Tensor, x: Tensor, offsets: Tensor, weights: Tensor | None) -> Tensor:

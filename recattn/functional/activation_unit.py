@@ -48,7 +48,8 @@ def activation_unit(
 
         a = normalize(scale \cdot (w \cdot h_n + b)),\qquad out = \sum_t a_t v_t
 
-    Neither the concatenated features nor any hidden activation is stored; backward computes them again.
+    Neither the concatenated features nor any hidden activation is stored; backward computes them again. Only on a CPU,
+    where those of all items fit in 8 MiB, they are kept, outside of compiled graphs.
 
     Args:
         query: `[B, D]`, one target per history; or `[N, D]`, see `query_offsets`.

@@ -60,9 +60,10 @@ def unit_of(
     dropout: float,
     normalize: str = "none",
     scale: float = 1.0,
+    *,
     constant: bool = True,
 ) -> composite.Unit:
-    """The call with its first layer folded, in fp32 at least."""
+    """The call with its first layer folded, in fp32 at least; without c(q) if its `constant` is not wanted."""
     dtype = torch.promote_types(keys.dtype, torch.float32)
     weights, biases, params = (
         [t if t.dtype == dtype and t.is_contiguous() else t.to(dtype).contiguous() for t in group]
@@ -130,8 +131,8 @@ def _forward(*arguments: Any, on_gpu: bool) -> tuple[Tensor, Tensor, Tensor, Ten
         nonlocal kept
         if not few_rows:
             return composite.forward(unit)
-        *results, kept = few.forward(unit, keep)
-        return results
+        out, scores, peak_mass, kept = few.forward(unit, keep)
+        return out, scores, peak_mass
 
     out, scores, peak_mass = choose(
         "activation_unit", unit, backend, on_gpu, triton, torch_, FEW_ROWS if few_rows else None
@@ -157,7 +158,7 @@ def _backward(
     *call, backend = arguments
     unit = unit_of(*call, constant=not kept)
     delta = None
-    if unit.normalize == "softmax":  # Σ_t a_t dL/da_t, where Σ_t a_t v_t is out
+    if unit.normalize == "softmax" and not kept:  # Σ_t a_t dL/da_t, where Σ_t a_t v_t is out
         delta = torch.linalg.vecdot(grad_out.to(unit.dtype), exact_out)
         if grad_scores is not None:
             products = scores.to(unit.dtype) * grad_scores
@@ -170,7 +171,7 @@ def _backward(
 
     def torch_() -> tuple[Any, ...]:
         if kept:
-            return few.backward(unit, grad_out, grad_scores, delta, kept)
+            return few.backward(unit, grad_out, grad_scores, kept)
         return composite.backward(unit, grad_out, grad_scores, delta, peak_mass)
 
     query, keys, values, key, product, bias, weights, biases, params = choose(
