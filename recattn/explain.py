@@ -32,7 +32,8 @@ class Row(NamedTuple):
         operator: the operator it calls; empty if none.
         runs: `"kernel"`; `"composite"`, the PyTorch implementation; `"eager"`; or `"library"`, the code of the library
             whose layer `recattn.fuse` replaced.
-        kernel: which of the operator's kernels.
+        kernel: which of the operator's kernels; `"few rows"` for the composite of activation_unit where it keeps hidden
+            units from forward to backward, if that is asked for.
         reason: the condition that decides.
     """
 
@@ -164,7 +165,7 @@ def _watching(model: Callable[..., Any], prefix: str, on_gpu: bool, rows: list[R
     def see(choice: Choice) -> None:
         path, layer = (paths[running[-1]], type(running[-1]).__name__) if running else (prefix, "")
         runs = "kernel" if choice.kernel is not None else "composite" if choice.operator else "library"
-        add(Row(path, layer, "", choice.operator, runs, choice.kernel or "", choice.reason))
+        add(Row(path, layer, "", choice.operator, runs, choice.kernel or choice.variant, choice.reason))
 
     def add(row: Row) -> None:
         if row not in rows:

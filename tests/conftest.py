@@ -17,6 +17,7 @@ import torch
 import triton.language as tl
 from triton.runtime import interpreter
 
+from recattn.composite import activation_unit_few
 from recattn.swap.coverage import SMALL
 
 _cast = interpreter.InterpreterBuilder.cast_impl
@@ -74,6 +75,12 @@ def poisoned_memory() -> Iterator[None]:
 def _no_batch_is_small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Lets layers of other libraries that `recattn.fuse` replaced run fused, however small the batch."""
     monkeypatch.setattr("recattn.swap.coverage.SMALL", dict.fromkeys(SMALL, 0))
+
+
+@pytest.fixture(params=["few rows", "many rows"])
+def rows(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """activation_unit on the CPU as it goes with few rows, and as with many."""
+    monkeypatch.setattr(activation_unit_few, "KEPT_BYTES", 1 << 30 if request.param == "few rows" else 0)
 
 
 # How many random calls tests/test_fuzz.py makes. `make verify` takes the second, with a seed of its own.

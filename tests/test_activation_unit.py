@@ -107,12 +107,14 @@ def test_offsets_may_be_int32(backend: str) -> None:
     check(variant(offsets_dtype=torch.int32), backend)
 
 
+@pytest.mark.usefixtures("rows")
 @pytest.mark.parametrize("lengths", HISTORIES.values(), ids=HISTORIES)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_the_composite_path_equals_the_formula(lengths: list[int], dtype: torch.dtype) -> None:
     check(variant(lengths=lengths, dtype=dtype, return_scores=True), "torch")
 
 
+@pytest.mark.usefixtures("rows")
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("normalize", ["softmax", "none", "exp", "sigmoid"])
 def test_the_composite_path_equals_the_formula_for_every_activation(activation: str, normalize: str) -> None:

@@ -16,7 +16,7 @@ from recattn.inspect.recording import recorded_launches
 from recattn.ops.activation_unit import forward_op
 
 
-def arguments(case: Case) -> tuple[Any, ...]:
+def arguments(case: Case, keep: bool = False) -> tuple[Any, ...]:
     tensors = {name: t.requires_grad_() for name, t in case.tensors().items()}
     params = activation_params(case, tensors)
     if not isinstance(params, list):
@@ -42,6 +42,7 @@ def arguments(case: Case) -> tuple[Any, ...]:
         case.scale,
         case.return_scores,
         "auto",
+        keep,
     )
 
 
@@ -56,8 +57,11 @@ def arguments(case: Case) -> tuple[Any, ...]:
     ],
     ids=["plain", "no history", "values and scores", "prelu", "dice and dropout"],
 )
-def test_schema_fake_and_autograd_agree_with_the_implementation(case: Case) -> None:
-    checks = torch.library.opcheck(forward_op, arguments(case))
+@pytest.mark.parametrize("keep", [False, True], ids=["computed again", "kept"])
+def test_schema_fake_and_autograd_agree_with_the_implementation(case: Case, keep: bool) -> None:
+    if keep and case.dropout:
+        pytest.skip("hidden units under dropout are not kept")
+    checks = torch.library.opcheck(forward_op, arguments(case, keep))
     assert set(checks.values()) == {"SUCCESS"}
 
 

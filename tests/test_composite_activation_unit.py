@@ -11,6 +11,7 @@ from torch import Tensor
 
 from recattn import functional, reference
 from recattn.composite import activation_unit as composite
+from recattn.composite import activation_unit_few as few
 from recattn.composite import blocks
 
 WIDTH, HIDDEN = 3, (5, 4)
@@ -25,10 +26,12 @@ LENGTHS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(autouse=True, params=["few rows", "many rows"])
+def _small_blocks(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
     """Blocks of 8 rows, and spans of equal length from 10 rows on."""
     torch.manual_seed(0)
+    monkeypatch.setattr(few, "KEPT_BYTES", 1 << 20 if request.param == "few rows" else 0)
+    monkeypatch.setattr(few, "BLOCK_BYTES", 8 * 8 * sum(HIDDEN))
     monkeypatch.setitem(composite.BLOCK_BYTES, "cpu", 8 * 8 * (WIDTH + sum(HIDDEN)))
     monkeypatch.setattr(blocks, "LONG", 2)
     monkeypatch.setattr(blocks, "RUN", 10)

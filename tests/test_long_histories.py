@@ -32,6 +32,7 @@ def error_ratios(cases: Any, function: Callable[..., Any], draws: list[Any]) -> 
     return {name: (ours[name] / eager[name]) ** 0.5 for name in ours}
 
 
+@pytest.mark.usefixtures("rows")
 @pytest.mark.parametrize("lengths", [[30_000], [100] * 64], ids=["one of 30 000", "64 of 100"])
 def test_the_composite_of_activation_unit_has_the_error_of_eager_code(lengths: list[int]) -> None:
     draws = [
@@ -73,6 +74,8 @@ def test_sums_of_long_segments_are_made_in_pieces_and_leave_slack_out() -> None:
     torch.testing.assert_close(segments.sum(x).double(), expected(x), rtol=1e-5, atol=1e-5)
     weighted = expected(x * weights[:, None])
     torch.testing.assert_close(segments.sum(x, weights).double(), weighted, rtol=1e-5, atol=1e-5)
+    numbers = segments.sum_numbers(x[:, 0]).double()
+    torch.testing.assert_close(numbers, expected(x)[:, 0], rtol=1e-5, atol=1e-5)
     shuffled = torch.randperm(total)
     again = segments.sum(x[shuffled], weights, shuffled.argsort())
     assert torch.equal(again, segments.sum(x, weights))

@@ -114,6 +114,8 @@ class Block:
     def reduce(self, x: Tensor, how: str) -> Tensor:
         """`"max"` or `"sum"` of `[rows]` over each sequence, `[sequences]`."""
         if self.sequence is not None:
+            if how == "sum":
+                return self.segments.sum_numbers(x)
             return torch.segment_reduce(x, how, offsets=self.segments.offsets, unsafe=True)
         return self.split(x).amax(1) if how == "max" else self.split(x).sum(1)
 

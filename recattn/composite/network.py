@@ -46,6 +46,11 @@ class Unit(NamedTuple):
         return self.first.bias.dtype
 
     @property
+    def widths(self) -> list[int]:
+        """Of the hidden layers."""
+        return [weight.shape[1] for weight in self.weights]
+
+    @property
     def positions(self) -> int:
         return self.keys.shape[0] if self.rows is None else self.rows.numel()
 

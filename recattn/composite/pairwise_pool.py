@@ -124,7 +124,7 @@ def forward(call: Call) -> tuple[Tensor, Tensor, Tensor]:
         keep = _keep(call, rows, places)
         if keep is not None:
             attention.mul_(keep)
-        out[rows] = torch.bmm(attention.t().unsqueeze(1), block.ring.products.transpose(0, 1)).squeeze(1)
+        torch.sum(block.ring.products.mul_(attention.unsqueeze(2)), 0, out=out[rows])
         if call.return_weights:
             weights[rows] = weights.new_empty(attention.t().shape).index_copy_(1, places, attention.t())
     return out, peak_mass, weights

@@ -5,13 +5,10 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from recattn.ops.candidates import pieces
-
-# Rows that are added one by one; what they add up to is then added again. The sum of 30 000 rows one by one has about
-# ten times the error, which attention's backward takes over.
+# At most as many rows are added one by one; what they add up to is then added again. The sum of 30 000 rows one by one
+# has about ten times the error, which attention's backward takes over.
 PIECE = 32
 
 
@@ -20,18 +17,22 @@ class Segments(NamedTuple):
 
     offsets: Tensor  # [n + 1], int64, from 0
     total: int
-    pieces: tuple[Tensor, Tensor] | None  # the offsets of pieces, and those of the segments among these
+    pieces: tuple[Tensor, Segments] | None  # the offsets of pieces, and the segments that pieces make
 
     @classmethod
-    def of(cls, offsets: Tensor, total: int) -> Segments:
+    def of(cls, offsets: Tensor, total: int, lengths: Tensor | None = None) -> Segments:
+        """`lengths` are those of the segments, where they are at hand."""
         offsets = offsets.to(torch.int64)
-        lengths = offsets.diff()
-        if total <= PIECE or (offsets.is_cpu and int(lengths.max()) <= PIECE):
+        longest = total
+        if total > PIECE and offsets.is_cpu:
+            longest = int((offsets[1:] - offsets[:-1] if lengths is None else lengths).max())
+        if longest <= PIECE:
             return cls(offsets, total, None)
-        _, begin, _ = pieces(offsets, PIECE, total)
-        edges = torch.cat([begin.minimum(offsets[-1]), offsets[-1:]])
-        among = F.pad((lengths + PIECE - 1).div_(PIECE, rounding_mode="floor").cumsum(0), (1, 0))
-        return cls(offsets, total, (edges, among))
+        steps = torch.arange(0, total, PIECE, device=offsets.device)
+        edges = torch.cat((offsets, steps)).sort().values
+        among, count = torch.searchsorted(edges, offsets), edges.numel() - 1
+        many = longest > PIECE * PIECE
+        return cls(offsets, total, (edges, cls.of(among, count) if many else cls(among, count, None)))
 
     def sum(self, x: Tensor, weights: Tensor | None = None, rows: Tensor | None = None) -> Tensor:
         """`[total, C]` to `[n, C]`, weighted by `[total]` if asked; or of the rows `[total]`, int64, of x."""
@@ -42,10 +43,15 @@ class Segments(NamedTuple):
         if self.pieces is None:
             return _bags(rows, x, self.offsets, weights)
         edges, among = self.pieces
-        parts = _bags(rows, x, edges, weights)
-        return _bags(torch.arange(parts.shape[0], device=x.device), parts, among, None)
+        return among.sum(_bags(rows, x, edges, weights))
+
+    def sum_numbers(self, x: Tensor) -> Tensor:
+        """`[total]` to `[n]`; cheaper than as `[total, 1]`."""
+        edges = self.offsets if self.pieces is None else self.pieces[0]
+        parts = torch.segment_reduce(x, "sum", offsets=edges, unsafe=True)
+        return parts if self.pieces is None else self.pieces[1].sum_numbers(parts)
 
 
 def _bags(rows: Tensor, x: Tensor, offsets: Tensor, weights: Tensor | None) -> Tensor:
     # The rows behind the last offset make a bag of their own, which is dropped.
-    return F.embedding_bag(rows, x, offsets, mode="sum", per_sample_weights=weights)[:-1]
+    return torch.embedding_bag(x, rows, offsets, mode=0, per_sample_weights=weights)[0][:-1]

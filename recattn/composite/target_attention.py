@@ -136,13 +136,13 @@ class _Reader:
         block_bytes = BLOCK_BYTES.get(call.keys.device.type, BLOCK_BYTES["cuda"])
         self.size = min(max(block_bytes // (call.dtype.itemsize * width), 1), call.total)
         self.workspace = Workspace(call.keys.new_empty(0, dtype=call.dtype), self.size)
+        self.spans = Histories.of(call.offsets, call.total).spans()
         if self.rows is not None and not self.rows.is_cpu:  # whatever slack holds must not be looked up
             valid = torch.arange(call.total, device=self.rows.device) < call.offsets[-1]
             self.rows = self.rows.where(valid, 0)
 
     def blocks(self) -> Iterator[Block]:
-        spans = Histories.of(self.call.offsets, self.call.total).spans()
-        return chain.from_iterable(span.pieces(self.size) for span in spans)
+        return chain.from_iterable(span.pieces(self.size) for span in self.spans)
 
     def __call__(self, table: Tensor, block: Block) -> Tensor:
         rows = table[block.rows] if self.rows is None else table.index_select(0, self.rows[block.rows])
@@ -191,7 +191,7 @@ def _forward_rows(call: Call, out: Tensor, lse: Tensor, peak_mass: Tensor) -> No
     scores = out.new_empty(call.total, call.heads)
     for block in read.blocks():
         scores[block.rows] = read.scores(block, read(call.keys, block), block.take(query))
-    for span in Histories.of(call.offsets, call.total).spans():
+    for span in read.spans:
         rows = scores[span.rows]
         if call.normalize == "softmax":
             _softmax_(rows, peak_mass, span)
@@ -199,7 +199,9 @@ def _forward_rows(call: Call, out: Tensor, lse: Tensor, peak_mass: Tensor) -> No
             _attention_(rows, call.normalize)
     if call.return_lse:
         torch.add(peak_mass[..., 0], peak_mass[..., 1].log(), out=lse)
-    for block in read.blocks():
+    # Where no copy of the values is made, all of a span are summed at once.
+    in_place = call.rows is None and call.heads == 1 and call.values.dtype == call.dtype
+    for block in read.spans if in_place else read.blocks():
         out[block.owners] += read.sum(block, read(call.values, block), scores[block.rows])
 
 

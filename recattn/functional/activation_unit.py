@@ -48,7 +48,8 @@ def activation_unit(
 
         a = normalize(scale \cdot (w \cdot h_n + b)),\qquad out = \sum_t a_t v_t
 
-    Neither the concatenated features nor any hidden activation is stored; backward computes them again.
+    Neither the concatenated features nor any hidden activation is stored; backward computes them again. Only on a CPU,
+    where those of all items fit in 8 MiB, they are kept, outside of compiled graphs.
 
     Args:
         query: `[B, D]`, one target per history; or `[N, D]`, see `query_offsets`.
@@ -108,6 +109,7 @@ def activation_unit(
         )
     check_layers(query, weights, biases, params, features, scores=True)
     seed = check_noise(dropout, seed, keys.device)
+    backend = requested_backend()
     out, attention, *_ = _op.forward_op(
         query,
         keys,
@@ -128,6 +130,7 @@ def activation_unit(
         normalize,
         float(scale),
         return_scores,
-        requested_backend(),
+        backend,
+        _op.keeps(keys, query_offsets, rows, weights, dropout, backend),
     )
     return (out, attention) if return_scores else out

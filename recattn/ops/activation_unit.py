@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -11,11 +10,12 @@ import torch
 from torch import Tensor
 
 from recattn.composite import activation_unit as composite
+from recattn.composite import activation_unit_few as few
 from recattn.composite.segments import Segments
 from recattn.ops.candidates import Candidates
 from recattn.ops.dropout import Dropout
 from recattn.ops.fold import FEATURES, fold, unfold
-from recattn.ops.library import LIBRARY, choose, differentiable_once, implement
+from recattn.ops.library import LIBRARY, Variant, choose, differentiable_once, implement
 from recattn.ops.rows import table_gradient
 
 __all__ = ["ACTIVATIONS", "FEATURES", "NORMALIZATIONS", "backward_op", "forward_op"]
@@ -29,13 +29,14 @@ _ARGUMENTS = (
     " str activation, float negative_slope, float dropout, str normalize, float scale"
 )
 LIBRARY.define(
-    f"activation_unit({_ARGUMENTS}, bool return_scores, str backend) "
-    " -> (Tensor out, Tensor scores, Tensor peak_mass, Tensor exact_out)"
+    f"activation_unit({_ARGUMENTS}, bool return_scores, str backend, bool keep) "
+    " -> (Tensor out, Tensor scores, Tensor peak_mass, Tensor exact_out, Tensor[] kept)"
 )
 LIBRARY.define(
     f"activation_unit_backward(Tensor grad_out, Tensor? grad_scores, Tensor exact_out, Tensor scores, Tensor peak_mass,"
-    f" {_ARGUMENTS}, str backend) -> Tensor[]"
+    f" Tensor[] kept, {_ARGUMENTS}, str backend) -> Tensor[]"
 )
+FEW_ROWS = Variant("few rows", f"the hidden units of all rows fit in {few.KEPT_BYTES >> 20} MiB")
 forward_op = torch.ops.recattn.activation_unit.default
 backward_op = torch.ops.recattn.activation_unit_backward.default
 
@@ -59,11 +60,14 @@ def unit_of(
     dropout: float,
     normalize: str = "none",
     scale: float = 1.0,
+    *,
+    constant: bool = True,
 ) -> composite.Unit:
-    """The call with its first layer folded, in fp32 at least."""
+    """The call with its first layer folded, in fp32 at least; without c(q) if its `constant` is not wanted."""
     dtype = torch.promote_types(keys.dtype, torch.float32)
     weights, biases, params = (
-        [t.to(dtype).contiguous() for t in group] for group in (weights, biases, params)
+        [t if t.dtype == dtype and t.is_contiguous() else t.to(dtype).contiguous() for t in group]
+        for group in (weights, biases, params)
     )
     candidates = None
     if query_offsets is not None:
@@ -77,7 +81,7 @@ def unit_of(
         candidates=candidates,
         rows=rows,
         unique_rows=unique_rows and rows is not None and candidates is None,
-        first=fold(weights[0], biases[0], query.to(dtype), features),
+        first=fold(weights[0], biases[0], query.to(dtype), features, constant),
         weights=weights[1:],
         biases=biases[1:],
         params=[
@@ -92,23 +96,53 @@ def unit_of(
     )
 
 
-def _forward(*arguments: Any, on_gpu: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    *call, return_scores, backend = arguments
+def keeps(
+    keys: Tensor,
+    query_offsets: Tensor | None,
+    rows: Tensor | None,
+    weights: Sequence[Tensor],
+    dropout: float,
+    backend: str,
+) -> bool:
+    """Whether forward is to keep hidden units for backward; not in a compiled graph, which would depend on sizes."""
+    if backend == "triton" or not keys.is_cpu or query_offsets is not None or dropout:
+        return False
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return False
+    positions = keys.shape[0] if rows is None else rows.shape[0]
+    if not isinstance(positions, int):  # as a tracer has it
+        return False
+    dtype = torch.promote_types(keys.dtype, torch.float32)
+    return few.fits(positions, [weight.shape[0] for weight in weights[:-1]], dtype)
+
+
+def _forward(*arguments: Any, on_gpu: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
+    *call, return_scores, backend, keep = arguments
     unit = unit_of(*call)
+    kept: list[Tensor] = []
+    few_rows = few.covers(unit)
 
     def triton() -> tuple[Tensor, Tensor, Tensor]:
         from recattn.kernels.activation_unit import forward
 
         return forward(unit, return_scores)
 
+    def torch_() -> tuple[Tensor, Tensor, Tensor]:
+        nonlocal kept
+        if not few_rows:
+            return composite.forward(unit)
+        out, scores, peak_mass, kept = few.forward(unit, keep)
+        return out, scores, peak_mass
+
     out, scores, peak_mass = choose(
-        "activation_unit", unit, backend, on_gpu, triton, partial(composite.forward, unit)
+        "activation_unit", unit, backend, on_gpu, triton, torch_, FEW_ROWS if few_rows else None
     )
     dtype = unit.values.dtype
-    scores = scores.to(dtype) if return_scores else scores.new_empty(0, dtype=dtype)
+    # A copy of what is kept, as no two outputs of an operator may share memory.
+    scores = scores.to(dtype, copy=bool(kept)) if return_scores else scores.new_empty(0, dtype=dtype)
     if dtype == out.dtype:
-        return out, scores, peak_mass, out.new_empty(0)
-    return out.to(dtype), scores, peak_mass, out  # which backward needs before it was rounded
+        return out, scores, peak_mass, out.new_empty(0), kept
+    return out.to(dtype), scores, peak_mass, out, kept  # which backward needs before it was rounded
 
 
 def _backward(
@@ -117,13 +151,14 @@ def _backward(
     exact_out: Tensor,
     scores: Tensor,
     peak_mass: Tensor,
+    kept: Sequence[Tensor],
     *arguments: Any,
     on_gpu: bool,
 ) -> list[Tensor]:
     *call, backend = arguments
-    unit = unit_of(*call)
+    unit = unit_of(*call, constant=not kept)
     delta = None
-    if unit.normalize == "softmax":  # Σ_t a_t dL/da_t, where Σ_t a_t v_t is out
+    if unit.normalize == "softmax" and not kept:  # Σ_t a_t dL/da_t, where Σ_t a_t v_t is out
         delta = torch.linalg.vecdot(grad_out.to(unit.dtype), exact_out)
         if grad_scores is not None:
             products = scores.to(unit.dtype) * grad_scores
@@ -134,13 +169,13 @@ def _backward(
 
         return backward(unit, grad_out, grad_scores, delta, peak_mass)
 
+    def torch_() -> tuple[Any, ...]:
+        if kept:
+            return few.backward(unit, grad_out, grad_scores, kept)
+        return composite.backward(unit, grad_out, grad_scores, delta, peak_mass)
+
     query, keys, values, key, product, bias, weights, biases, params = choose(
-        "activation_unit",
-        unit,
-        backend,
-        on_gpu,
-        triton,
-        partial(composite.backward, unit, grad_out, grad_scores, delta, peak_mass),
+        "activation_unit", unit, backend, on_gpu, triton, torch_
     )
     if unit.normalize == "softmax":  # which the last bias shifts and does not change
         biases[-1] = torch.zeros_like(biases[-1])
@@ -178,20 +213,22 @@ implement("activation_unit_backward", _backward)
 
 
 @torch.library.register_fake("recattn::activation_unit", lib=LIBRARY)
-def _fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    query, keys, _, values, _, rows = arguments[:6]
-    return_scores = arguments[-2]
+def _fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
+    query, keys, _, values, _, rows, _, weights = arguments[:8]
+    return_scores, _, keep = arguments[-3:]
     values = keys if values is None else values
     out = values.new_empty(query.shape[0], values.shape[1])
     positions = keys.shape[0] if rows is None else rows.numel()
     scores = values.new_empty(positions if return_scores else 0)
     peak_mass = query.new_empty(query.shape[0], 2, dtype=torch.promote_types(keys.dtype, torch.float32))
-    return out, scores, peak_mass, peak_mass.new_empty(0 if peak_mass.dtype == out.dtype else out.shape)
+    exact_out = peak_mass.new_empty(0 if peak_mass.dtype == out.dtype else out.shape)
+    kept = [peak_mass.new_empty(positions, weight.shape[0]) for weight in weights[:-1]] if keep else []
+    return out, scores, peak_mass, exact_out, [*kept, peak_mass.new_empty(positions)] if keep else []
 
 
 @torch.library.register_fake("recattn::activation_unit_backward", lib=LIBRARY)
 def _fake_backward(*arguments: Any) -> list[Tensor]:
-    return fake_gradients(*arguments[5:16])
+    return fake_gradients(*arguments[6:17])
 
 
 def fake_gradients(
@@ -221,18 +258,20 @@ class _Autograd(torch.autograd.Function):
     def forward(ctx: Any, layers: int, options: tuple[Any, ...], *tensors: Any) -> tuple[Tensor, ...]:
         data, groups = tensors[:7], tensors[7:]
         with torch._C._AutoDispatchBelowAutograd():
-            out, scores, peak_mass, exact_out = forward_op(*data, *grouped(groups, layers), *options)
-        ctx.save_for_backward(out if exact_out.dtype == out.dtype else exact_out, scores, peak_mass, *tensors)
-        ctx.layers, ctx.options = layers, options
+            out, scores, peak_mass, exact_out, kept = forward_op(*data, *grouped(groups, layers), *options)
+        exact = out if exact_out.dtype == out.dtype else exact_out
+        ctx.save_for_backward(exact, scores, peak_mass, *tensors, *kept)
+        ctx.layers, ctx.options, ctx.kept = layers, options, len(kept)
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(peak_mass, exact_out)
-        return out, scores, peak_mass, exact_out
+        ctx.mark_non_differentiable(peak_mass, exact_out, *kept)
+        return out, scores, peak_mass, exact_out, *kept
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor | None, grad_scores: Tensor | None, *_: Any) -> tuple[Any, ...]:
         exact_out, scores, peak_mass, *tensors = ctx.saved_tensors
-        data, groups = tensors[:7], tensors[7:]
-        *options, return_scores, backend = ctx.options
+        end = len(tensors) - ctx.kept
+        data, groups, kept = tensors[:7], tensors[7:end], tensors[end:]
+        *options, return_scores, backend, _ = ctx.options
         _, keys, _, values, *_ = data
         if grad_out is None:
             grad_out = torch.zeros_like(exact_out, dtype=keys.dtype)
@@ -242,6 +281,7 @@ class _Autograd(torch.autograd.Function):
             exact_out,
             scores,
             peak_mass,
+            kept,
             *data,
             *grouped(groups, ctx.layers),
             *options,
@@ -268,9 +308,15 @@ def grouped(
     return tensors[:layers], tensors[layers : 2 * layers], tensors[2 * layers :]
 
 
-def _with_autograd(*arguments: Any) -> tuple[Tensor, ...]:
+def _with_autograd(*arguments: Any) -> tuple[Any, ...]:
     *data, weights, biases, params = arguments[:10]  # AOTInductor has None for an empty list
-    return _Autograd.apply(len(weights), arguments[10:], *data, *weights, *biases, *(params or ()))
+    if not torch.is_grad_enabled():
+        with torch._C._AutoDispatchBelowAutograd():
+            return forward_op(*data, weights, biases, params or (), *arguments[10:])
+    out, scores, peak_mass, exact_out, *kept = _Autograd.apply(
+        len(weights), arguments[10:], *data, *weights, *biases, *(params or ())
+    )
+    return out, scores, peak_mass, exact_out, kept
 
 
 LIBRARY.impl("activation_unit", _with_autograd, "Autograd")

@@ -29,11 +29,15 @@ class Folded(NamedTuple):
     bias: Tensor  # [B, H1]
 
 
-def fold(weight: Tensor, bias: Tensor, query: Tensor, features: Sequence[str]) -> Folded:
-    """`weight [H1, F·D]`, `bias [H1]` and `query [B, D]`, all of one dtype, to the folded layer."""
+def fold(
+    weight: Tensor, bias: Tensor, query: Tensor, features: Sequence[str], constant: bool = True
+) -> Folded:
+    """`weight [H1, F·D]`, `bias [H1]` and `query [B, D]`, all of one dtype, to the folded layer. Without its `constant`
+    c(q) it has no bias: `[0, H1]`."""
     blocks = weight.split(query.shape[1], dim=1)
     parts = [_signed_sum([SIGNS[f][part] for f in features], blocks) for part in range(3)]
-    return Folded(parts[0], parts[1], parts[2], torch.addmm(bias, query, parts[0].t()))
+    c = torch.addmm(bias, query, parts[0].t()) if constant else bias.new_empty(0, bias.shape[0])
+    return Folded(parts[0], parts[1], parts[2], c)
 
 
 def unfold(

@@ -18,6 +18,14 @@ class Choice(NamedTuple):
     operator: str
     kernel: str | None  # which kernels; None for the composite
     reason: str
+    variant: str = ""  # of the composite, where it has some
+
+
+class Variant(NamedTuple):
+    """Which way a composite goes on the CPU, and because of what."""
+
+    name: str
+    reason: str
 
 
 def choose(
@@ -27,10 +35,12 @@ def choose(
     on_gpu: bool,
     triton: Callable[[], Any],
     composite: Callable[[], Any],
+    variant: Variant | None = None,
 ) -> Any:
-    """Runs one of two implementations: the backend named, or else kernels on a GPU where they cover the call."""
+    """Runs one of two implementations: the backend named, or else kernels on a GPU where they cover the call. `variant`
+    says what the composite does on the CPU, if it depends on the call."""
     if _explaining is not None:
-        _explaining.seen(choice(operator, call, backend, _explaining.on_gpu))
+        _explaining.seen(choice(operator, call, backend, _explaining.on_gpu, variant))
         return composite()
     reason = _reason_for_composite(operator, call, backend, on_gpu)
     if reason is None:
@@ -40,11 +50,13 @@ def choose(
     return composite()
 
 
-def choice(operator: str, call: Any, backend: str, on_gpu: bool) -> Choice:
+def choice(operator: str, call: Any, backend: str, on_gpu: bool, variant: Variant | None = None) -> Choice:
     """What `choose` runs."""
     reason = _reason_for_composite(operator, call, backend, on_gpu)
-    if reason is not None:
+    if reason is not None and (on_gpu or variant is None):
         return Choice(operator, None, reason)
+    if reason is not None and variant is not None:
+        return Choice(operator, None, f"{reason}; {variant.reason}", variant.name)
     return Choice(operator, *_kernels(operator).kernel_of(call))
 
 
