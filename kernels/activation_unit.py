@@ -180,12 +180,13 @@ def forward(unit: Any, with_scores: bool) -> tuple[Tensor, Tensor, Tensor]:
     if batch == 0 or unit.positions == 0:
         return out, scores, peak_mass
     if kernel == "candidates":
-        launch = tuned("candidates", precision, settings.CANDIDATES_FORWARD, dim, hidden, device)
+        launch = settings.choose(settings.CANDIDATES_FORWARD, precision, device)
+        launch = tuned("candidates", precision, launch, dim, hidden, device)
         spec = specialize(unit, data, net, launch, False)
         activation_unit_candidates.forward(unit, data, net.network, out, peak_mass, spec, launch)
         return out, scores, peak_mass
     if kernel == "packed":
-        launch = settings.PACKED_FORWARD[precision]
+        launch = settings.choose(settings.PACKED_FORWARD, precision, device)
     launch = tuned(
         "packed forward" if kernel == "packed" else "forward",
         "split" if split else precision,

@@ -155,8 +155,9 @@ def _streamed(call: Call) -> WeightSums:
         call.data.key.shape[1], call.net.hidden, peak_mass.device
     )
     row = "split" if split else call.net.precision
-    tokens = call.tuned("tokens", row, settings.BACKWARD_TOKENS[row])
-    weights = call.tuned("weights", row, settings.BACKWARD_WEIGHTS[row])
+    device = peak_mass.device
+    tokens = call.tuned("tokens", row, settings.choose(settings.BACKWARD_TOKENS, row, device))
+    weights = call.tuned("weights", row, settings.choose(settings.BACKWARD_WEIGHTS, row, device))
     first, later = call.programs(tokens), call.programs(weights)
     spec = call.spec(tokens, settings.SPLIT_TOKENS if split else None)
     part = peak_mass.new_empty(2 * first, call.grad_first.shape[1])

@@ -314,8 +314,9 @@ def packed_weights_kernel(
 def packed_backward(call: Call) -> WeightSums:
     """Where tiles have tokens of several sequences."""
     data, batch, peak_mass = call.data, call.unit.query.shape[0], call.upstream.peak_mass
-    tokens = call.tuned("packed tokens", call.net.precision, settings.PACKED_BACKWARD[call.net.precision])
-    weights = call.tuned("packed weights", call.net.precision, settings.PACKED_WEIGHTS[call.net.precision])
+    row, device = call.net.precision, peak_mass.device
+    tokens = call.tuned("packed tokens", row, settings.choose(settings.PACKED_BACKWARD, row, device))
+    weights = call.tuned("packed weights", row, settings.choose(settings.PACKED_WEIGHTS, row, device))
     programs, weight_programs = call.programs(tokens), call.programs(weights)
     part = peak_mass.new_empty(2 * programs, call.grad_first.shape[1])
     sums = program_sums(call, weight_programs, weight_programs, programs)

@@ -1,11 +1,12 @@
-"""Launch settings, by what a kernel is and the precision that it computes in: no lengths, no batch sizes."""
+"""Launch settings, by what a kernel is, the precision that it computes in, and the class of a GPU where it makes a
+difference: no lengths, no batch sizes."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import triton
@@ -32,66 +33,87 @@ class Kernel(NamedTuple):
 WIDEST = 128  # of keys, values and hidden layers, but for the wide kernels
 WIDEST_DIM, WIDEST_HIDDEN = 256, 512  # of these
 
+# The classes of GPUs that settings differ by, a name each for `row "half cdna"` to be the exception to row "half".
+AMPERE, HOPPER, BLACKWELL, GEFORCE, CDNA = "ampere", "hopper", "blackwell", "geforce", "cdna"
+# By the major compute capability. Ada is as Ampere; what is sold as GeForce since 12.0 has no matrix unit for groups.
+NVIDIA = {8: AMPERE, 9: HOPPER, 10: BLACKWELL, 11: BLACKWELL, 12: GEFORCE}
+GROUP = "group"  # the classes whose matrix unit is one for groups of warps, see matrix_unit
+CLASSES = (*dict.fromkeys(NVIDIA.values()), CDNA, GROUP)
+
+Table = dict[str, Launch]
+
 # By the width of keys and values, and by precision: "split" is fp32 at its full accuracy by tf32 and bfloat16 parts,
 # "ieee" by plain FMAs. Slabs of keys wider than 128 bytes make the compiler keep an address for each of their rows.
-FORWARD = {
-    ("narrow", "half"): Launch(32, 1, 2, 64, (32, 8), 64, 256, 8),
-    ("narrow", "tf32"): Launch(32, 1, 2, 32, (32, 8), 32, 256, 8),
-    ("narrow", "split"): Launch(32, 2, 1, 32, (32, 8), 64, 256, 4),
-    ("narrow", "ieee"): Launch(16, 2, 1, 16, (32, 8), 64, 256, 4),
-    ("broad", "half"): Launch(16, 1, 2, 64, (32, 8), 64, 256, 8),
-    ("broad", "tf32"): Launch(32, 1, 2, 16, (32, 8), 32, 256, 4),
-    ("broad", "split"): Launch(32, 2, 1, 16, (32, 8), 32, 256, 4),
-    ("broad", "ieee"): Launch(16, 2, 1, 16, (32, 8), 64, 256, 4),
+FORWARD: Table = {
+    "narrow half": Launch(32, 1, 2, 64, (32, 8), 64, 256, 8),
+    "narrow tf32": Launch(32, 1, 2, 32, (32, 8), 32, 256, 8),
+    "narrow split": Launch(32, 2, 1, 32, (32, 8), 64, 256, 4),
+    "narrow ieee": Launch(16, 2, 1, 16, (32, 8), 64, 256, 4),
+    "broad half": Launch(16, 1, 2, 64, (32, 8), 64, 256, 8),
+    "broad tf32": Launch(32, 1, 2, 16, (32, 8), 32, 256, 4),
+    "broad split": Launch(32, 2, 1, 16, (32, 8), 32, 256, 4),
+    "broad ieee": Launch(16, 2, 1, 16, (32, 8), 64, 256, 4),
 }
 NARROW = 64
 
 CANDIDATES = 2  # that share a tile of keys: with 4 it is 7 % fewer instructions, and local memory in the loop
-CANDIDATES_FORWARD = Launch(32, 1, 1, 64, (32, 8), 64, 256, 4)
+CANDIDATES_FORWARD: Table = {
+    "half": Launch(32, 1, 1, 64, (32, 8), 64, 256, 4),
+}
 
 # Of kernels whose tiles have tokens of several sequences.
-PACKED_FORWARD = {
+PACKED_FORWARD: Table = {
     "half": Launch(32, 1, 1, 16, (32, 8), 16, 256, 8),
     "tf32": Launch(32, 2, 1, 32, (32, 8), 32, 256, 8),
 }
-PACKED_BACKWARD = {
+PACKED_BACKWARD: Table = {
     "half": Launch(32, 2, 1, 32, (32, 16), 32, 512, 4),
 }
-PACKED_WEIGHTS = {
+PACKED_WEIGHTS: Table = {
     "half": Launch(64, 4, 1, 64, (64, 16), 64, 2048, 2),
 }
 SHORT_BACKWARD = 70
 SHORT_FORWARD = 50  # rows per sequence below which they pay
 
-# By what makes a product, see matrix_unit. Of the wide kernels `slab` is of the first layer, `last_slab` of all others.
-WIDE_SCORES = {
-    ("warp", "half"): Launch(64, 4, 2, 32, (256, 16), 128, 0, 0),
-    ("warp", "tf32"): Launch(64, 4, 2, 32, (256, 16), 64, 0, 0),
-    ("group", "half"): Launch(128, 8, 2, 32, (256, 16), 128, 0, 0),
-    ("group", "tf32"): Launch(64, 4, 2, 32, (256, 16), 64, 0, 0),
+# Of the wide kernels `slab` is of the first layer, `last_slab` of all others.
+WIDE_SCORES: Table = {
+    "half": Launch(64, 4, 2, 32, (256, 16), 128, 0, 0),
+    "half group": Launch(128, 8, 2, 32, (256, 16), 128, 0, 0),
+    "tf32": Launch(64, 4, 2, 32, (256, 16), 64, 0, 0),
 }
-WIDE_BACKWARD = {
-    ("warp", "half"): Launch(64, 4, 2, 32, (64, 16), 128, 0, 2),
-    ("warp", "tf32"): Launch(32, 4, 2, 32, (256, 16), 64, 0, 1),
-    ("group", "half"): Launch(128, 8, 2, 32, (256, 16), 128, 0, 1),
-    ("group", "tf32"): Launch(32, 4, 2, 32, (256, 16), 64, 0, 2),
+WIDE_BACKWARD: Table = {
+    "half": Launch(64, 4, 2, 32, (64, 16), 128, 0, 2),
+    "half group": Launch(128, 8, 2, 32, (256, 16), 128, 0, 1),
+    "tf32": Launch(32, 4, 2, 32, (256, 16), 64, 0, 1),
+    "tf32 group": Launch(32, 4, 2, 32, (256, 16), 64, 0, 2),
 }
 WIDE_HISTORIES = Launch(8, 4, 2, 256, (256, 16), 128, 256, 0)
 
 # "split" is "ieee" where products of float32 are made of several narrower ones.
-BACKWARD_TOKENS = {
+BACKWARD_TOKENS: Table = {
     "half": Launch(32, 2, 1, 16, (16, 16), 32, 512, 4),
     "tf32": Launch(32, 2, 1, 16, (16, 16), 64, 512, 4),
     "ieee": Launch(32, 4, 1, 64, (32, 16), 64, 512, 2),
     "split": Launch(32, 2, 1, 16, (16, 16), 64, 512, 4),
 }
-BACKWARD_WEIGHTS = {
+BACKWARD_WEIGHTS: Table = {
     "half": Launch(32, 2, 1, 64, (32, 8), 64, 512, 4),
     "tf32": Launch(32, 2, 1, 64, (32, 8), 64, 512, 4),
     "ieee": Launch(32, 2, 1, 64, (32, 8), 64, 512, 4),
     "split": Launch(32, 2, 1, 64, (32, 8), 64, 512, 4),
 }
 SPLIT_TOKENS, SPLIT_WEIGHTS = "bf16x6", "tf32x3"  # as tl.dot knows them
+
+
+Row = TypeVar("Row")
+
+
+def choose(table: Mapping[str, Row], row: str, device: torch.device) -> Row:
+    """The row of a table, or the exception to it for what the device is."""
+    for kind in (architecture(device), matrix_unit(device)):
+        if f"{row} {kind}" in table:
+            return table[f"{row} {kind}"]
+    return table[row]
 
 
 def precision(dtype: torch.dtype) -> str:
@@ -104,10 +126,10 @@ def precision(dtype: torch.dtype) -> str:
 def forward(precision: str, width: int, hidden: Sequence[int], device: torch.device) -> tuple[Launch, bool]:
     """Settings for keys and values up to `width` wide, and whether operands are split."""
     size = "narrow" if width <= NARROW else "broad"
-    split = FORWARD[size, "split"]
+    split = choose(FORWARD, f"{size} split", device)
     if precision == "ieee" and torch.version.hip is None and _fits(split, width, hidden, device):
         return split, True
-    return FORWARD[size, precision], False
+    return choose(FORWARD, f"{size} {precision}", device), False
 
 
 def share_tiles(precision: str, width: int, unit: Any) -> bool:
@@ -158,7 +180,7 @@ def is_wide(dim: int, hidden: Sequence[int]) -> bool:
 
 
 def wide(
-    table: dict[tuple[str, str], Launch],
+    table: Table,
     precision: str,
     dim: int,
     hidden: Sequence[int],
@@ -167,8 +189,7 @@ def wide(
 ) -> Launch:
     """Settings of a wide kernel: those of its table, but smaller tiles where registers do not hold the second layer of
     a tile, twice if asked for, and shared memory not what it reads."""
-    unit = matrix_unit(device)
-    launch = table[unit, precision]
+    unit, launch = matrix_unit(device), choose(table, precision, device)
     if len(hidden) > 2 or max(hidden[1:], default=0) * (1 + twice) > WIDEST_HIDDEN // 2:
         launch = launch._replace(block=launch.block // 2)
     if len(hidden) > 2:
@@ -213,13 +234,21 @@ def choosing_for(gpu: Gpu) -> Iterator[None]:
 _absent_gpu: Gpu | None = None
 
 
+def architecture(device: torch.device) -> str:
+    """The class of a GPU, one of `CLASSES`; where there is none, that of an A100."""
+    if torch.version.hip is not None:
+        return CDNA
+    if _absent_gpu is not None:
+        return NVIDIA.get(_absent_gpu.capability, AMPERE)
+    if device.type != "cuda":
+        return AMPERE
+    return NVIDIA.get(torch.cuda.get_device_capability(device)[0], AMPERE)
+
+
 def matrix_unit(device: torch.device) -> str:
     """What makes a product: a `"warp"`, from registers, or a `"group"` of four, from shared memory, which wants tiles
     twice as high."""
-    if _absent_gpu is not None:
-        return "group" if _absent_gpu.capability in (9, 10) else "warp"
-    nvidia = device.type == "cuda" and torch.version.hip is None
-    return "group" if nvidia and torch.cuda.get_device_capability(device)[0] in (9, 10) else "warp"
+    return GROUP if architecture(device) in (HOPPER, BLACKWELL) else "warp"
 
 
 def _wide_fits(
@@ -229,7 +258,7 @@ def _wide_fits(
     and the slab on its way from one product to the next."""
     itemsize = 2 if precision == "half" else 4
     dim, second = _round_up(dim, 16), _round_up(hidden[1], 16) if len(hidden) > 1 else 0
-    in_flight = launch.num_stages if unit == "group" else max(launch.num_stages - 1, 1)
+    in_flight = launch.num_stages if unit == GROUP else max(launch.num_stages - 1, 1)
     weights = launch.slab * (2 * dim + second)
     tile = launch.block * (2 * dim * itemsize + launch.slab * (4 + itemsize))
     return tile + in_flight * weights * itemsize + (4 << 10) <= _shared_memory(device)

@@ -136,7 +136,7 @@ def test_programs_take_equal_shares_whatever_the_lengths() -> None:
     """One history of 20 000 items among many short ones, by Zipf's law."""
     lengths = torch.clamp(20_000 / torch.arange(1, 4097), min=1).to(torch.int64)
     rows = int(lengths.sum())
-    for launch in (settings.FORWARD["narrow", "half"], settings.BACKWARD_TOKENS["half"]):
+    for launch in (settings.FORWARD["narrow half"], settings.BACKWARD_TOKENS["half"]):
         count = settings.programs(launch, rows, torch.device("cpu"))
         share = max(-(-rows // count), launch.least_rows)  # as schedule.rows_per_program
         shares = [min(share, rows - begin) for begin in range(0, rows, share)]

@@ -31,10 +31,14 @@ CANDIDATES = {
 @pytest.fixture(autouse=True)
 def short_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Gives programs few enough rows that sequences, and the queries of a tile, are cut."""
-    for table in (settings.FORWARD, settings.BACKWARD_TOKENS, settings.BACKWARD_WEIGHTS):
+    for table, rows in (
+        (settings.FORWARD, 72),
+        (settings.BACKWARD_TOKENS, 72),
+        (settings.BACKWARD_WEIGHTS, 72),
+        (settings.CANDIDATES_FORWARD, 40),
+    ):
         for key, launch in table.items():
-            monkeypatch.setitem(table, key, launch._replace(least_rows=72))
-    monkeypatch.setattr(settings, "CANDIDATES_FORWARD", settings.CANDIDATES_FORWARD._replace(least_rows=40))
+            monkeypatch.setitem(table, key, launch._replace(least_rows=rows))
 
 
 @pytest.fixture(params=["fp32", "tf32", "bf16"])

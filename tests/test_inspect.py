@@ -210,15 +210,17 @@ def test_the_calls_launch_every_kernel_that_there_is() -> None:
 
 def test_settings_are_those_of_the_gpu_that_is_asked_for() -> None:
     device = torch.device("cpu")
-    for chip, unit in (
-        ("sm_80", "warp"),
-        ("sm_90", "group"),
-        ("sm_100", "group"),
-        ("sm_120", "warp"),
-        ("gfx942", "warp"),
+    for chip, architecture, unit in (
+        ("sm_80", "ampere", "warp"),
+        ("sm_89", "ampere", "warp"),
+        ("sm_90", "hopper", "group"),
+        ("sm_100", "blackwell", "group"),
+        ("sm_120", "geforce", "warp"),
+        ("gfx942", "cdna", "warp"),
     ):
         gpu = settings.Gpu(CHIPS[chip].hip, CHIPS[chip].capability // 10, CHIPS[chip].program_shared_memory)
         with settings.choosing_for(gpu):
+            assert settings.architecture(device) == architecture
             assert settings.matrix_unit(device) == unit
             assert settings._shared_memory(device) == gpu.shared_memory
             assert (torch.version.hip is not None) == (chip == "gfx942")
