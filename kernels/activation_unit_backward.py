@@ -23,13 +23,14 @@ from .arguments import PARAMS, Spec, Upstream, get, widest, width
 from .attend_backward import attend_backward, load_sequence
 from .backward import Call, WeightSums, program_sums
 from .dropout import noise_of
+from .fragments import Fragments, add_fragments, fragment_count, load_fragments
 from .histories import load_tile, part_at, position_of, share_of, store_tile
-from .mlp import load_network, run_layers, score
-from .mlp_backward import first_dz, load_back, run_layers_backward, with_fresh_vectors
+from .mlp import hidden_zero, load_network, run_layers, score
+from .mlp_backward import first_dz, load_back, run_layers_backward, with_fresh_network
 from .normal_form import NormalForm, backward_weights, gradients, normal_form, param_gradients
-from .primitives import columns, load_matrix, slab_count
+from .primitives import load_vector, slab_count
 from .schedule import find_sequence, merge, slot_of
-from .sums import add_matrix, column_sum, in_dtype, outer_sum, store_column, zero_matrix
+from .sums import column_sum, in_dtype, outer_sum, store_column, zero_matrix
 
 
 @triton.jit(do_not_specialize=["batch"])
@@ -37,6 +38,7 @@ def tokens_kernel(
     data,
     batch,
     net,
+    product,
     upstream,
     grad_key,
     grad_value,
@@ -52,6 +54,7 @@ def tokens_kernel(
     DV: tl.constexpr = get(SPEC, "value_dim")
     SLAB: tl.constexpr = get(SPEC, "dim_slab")
     BLOCK: tl.constexpr = get(SPEC, "block")
+    WARPS: tl.constexpr = get(SPEC, "warps")
     PRECISION: tl.constexpr = get(SPEC, "precision")
     DTYPE: tl.constexpr = net.key.dtype.element_ty
     H1: tl.constexpr = width(0, SPEC)
@@ -61,15 +64,14 @@ def tokens_kernel(
     if begin >= end:
         return
     sequence = find_sequence(data.offsets, batch, begin)
-    layers, _params, last = load_network(net, SPEC)
+    layers, _params, _last = load_network(net, SPEC)
     back = load_back(upstream.back, 0, SPEC)
     token = tl.arange(0, BLOCK)
-    own = program.to(tl.int64) * (H1 * D)
-    fresh = 1
+    own = program.to(tl.int64) * fragment_count(D, SLAB, H1, H1_SLAB)
     while begin < end:
         sequence, first_row, last_row, stop = part_at(data, batch, sequence, begin, end)
         owner = sequence.to(tl.int64)
-        q, first, grads = load_sequence(data, net, upstream, owner, get(SPEC, "shared"), SPEC)
+        _q, first, grads = load_sequence(data, net, upstream, owner, get(SPEC, "shared"), SPEC)
         moment = zero_matrix(D, SLAB, H1, H1_SLAB)  # Σ_t k_t dL/dz1_tᵀ, the gradient of W_effᵀ
         grad_c = zero_matrix(H1, H1_SLAB, 8, 8, 16, 8)
         position = position_of(data, owner, first_row, begin, SPEC)
@@ -77,7 +79,7 @@ def tokens_kernel(
             rest = (stop - start).to(tl.int32)
             valid = token < rest
             k, v = load_tile(data, position, valid, SPEC)
-            again = with_fresh_vectors(net, owner, first, layers, last, rest, SPEC)
+            again = with_fresh_network(net, owner, first, layers, rest, SPEC)
             noise = noise_of(net, start + token, SPEC)
             zs, hs, outputs = run_layers(k, again[0], again[1], again[3], noise, DTYPE, SPEC)
             s = score(hs[len(hs) - 1], again[2])  # [BLOCK]
@@ -97,20 +99,24 @@ def tokens_kernel(
         target = grad_first + owner * (D + H1)
         if slot >= 0:
             target = part + slot * (D + H1)
-        product = load_matrix(upstream.product, D, SLAB, 16, H1, H1_SLAB)
+        # Loaded again, so that it takes no registers in the loop.
+        query = data.query + owner * get(SPEC, "query_stride") + hidden_zero(stop - begin)
+        q = load_vector(query, D, SLAB)
         by_query = ()
+        grad_q = ()
         COUNT: tl.constexpr = slab_count(H1, H1_SLAB)
         for i in tl.static_range(len(q)):
-            grad_q = tl.zeros([q[i].shape[0]], tl.float32)
+            octets = tl.zeros([q[i].shape[0], 8], tl.float32)
             for j in tl.static_range(COUNT):
-                grad_q += tl.sum(product[i * COUNT + j].to(tl.float32) * moment[i * COUNT + j], 1)
+                weight = load_fragments(product, i, j, D, SLAB, H1, H1_SLAB, WARPS)
+                terms = weight.to(tl.float32) * moment[i * COUNT + j]
+                octets += tl.sum(tl.reshape(terms, [terms.shape[0], terms.shape[1] // 8, 8]), 1)
                 by_query = by_query + (moment[i * COUNT + j] * q[i].to(tl.float32)[:, None],)
-            column = columns(i, D, SLAB)
-            tl.store(target + column, grad_q, mask=column < D)
+            grad_q = grad_q + (tl.broadcast_to(tl.sum(octets, 1)[:, None], [q[i].shape[0], 8]),)
+        store_column(target, grad_q, D, SLAB)
         store_column(target + D, grad_c, H1, H1_SLAB)
-        add_matrix(grad_key_weight + own, moment, fresh, D, SLAB, H1, H1_SLAB)
-        add_matrix(grad_product_weight + own, by_query, fresh, D, SLAB, H1, H1_SLAB)
-        fresh = 0
+        add_fragments(grad_key_weight + own, moment, D, SLAB, H1, H1_SLAB, WARPS)
+        add_fragments(grad_product_weight + own, by_query, D, SLAB, H1, H1_SLAB, WARPS)
         begin = stop
         sequence += 1
 
@@ -161,11 +167,13 @@ def _streamed(call: Call) -> WeightSums:
     first, later = call.programs(tokens), call.programs(weights)
     spec = call.spec(tokens, settings.SPLIT_TOKENS if split else None)
     part = peak_mass.new_empty(2 * first, call.grad_first.shape[1])
-    sums = program_sums(call, first, later, later)
+    order = Fragments(spec.dim, spec.hidden[0], spec.dim_slab, widest(0, spec), spec.warps)
+    sums = program_sums(call, first, later, later, order)
     tokens_kernel[(first,)](
         call.data,
         batch,
         call.net.network,
+        order.flat(call.net.network.product.t()),
         call.upstream,
         call.grad_key,
         call.grad_key if call.grad_value is None else call.grad_value,
@@ -197,7 +205,7 @@ def _streamed(call: Call) -> WeightSums:
                 SPEC=spec,
                 num_warps=weights.num_warps,
             )
-    return WeightSums.of_programs(**sums)
+    return WeightSums.of_programs(**sums, order=order)
 
 
 def backward(
@@ -211,7 +219,6 @@ def backward(
         peak_mass if delta is None else delta,
         peak_mass,
         backward_weights(unit, net),
-        net.network.product.t().contiguous(),
     )
     return run_backward(unit, net, upstream, with_scores=grad_scores is not None)
 

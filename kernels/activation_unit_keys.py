@@ -14,7 +14,7 @@ from .attend_backward import attend_backward, load_sequence, spread
 from .dropout import noise_of
 from .histories import load_tile, part_at, share_of, store_tile
 from .mlp import load_network, run_layers, score
-from .mlp_backward import first_dz, load_back, run_layers_backward, times_weight, with_fresh_vectors
+from .mlp_backward import first_dz, load_back, run_layers_backward, times_weight, with_fresh_network
 from .primitives import store_rows
 from .schedule import find_sequence, slot_of
 from .sums import in_dtype, zero_matrix
@@ -58,7 +58,7 @@ def keys_kernel(
     if begin >= end:
         return
     tile = find_sequence(tiles.offsets, batch, begin)
-    layers, _params, last = load_network(net, SPEC)
+    layers, _params, _last = load_network(net, SPEC)
     back = load_back(upstream.back, 0, SPEC)
     token = tl.arange(0, BLOCK)
     while begin < end:
@@ -71,7 +71,7 @@ def keys_kernel(
         dk, dv = zero_gradients(SPEC)
         for _query in tl.range(begin, stop, num_stages=1):
             _q, first, grads = load_sequence(data, net, upstream, owner, False, SPEC)
-            again = with_fresh_vectors(net, owner, first, layers, last, rest, SPEC)
+            again = with_fresh_network(net, owner, first, layers, rest, SPEC)
             row = tl.load(data.offsets + owner) + (position - tl.load(data.starts + owner))
             noise = noise_of(net, row + token, SPEC)
             zs, hs, outputs = run_layers(k, again[0], again[1], again[3], noise, DTYPE, SPEC)

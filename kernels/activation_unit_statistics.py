@@ -172,7 +172,6 @@ def backward(unit: Any, linear: Tensor, quadratic: Tensor) -> tuple[Any, ...]:
         nothing,
         nothing,
         backward_weights(unit, net),
-        net.network.product.t().contiguous(),
     )
     query, keys, _, key, product, bias, weights, biases, grads = run_backward(
         unit, net, upstream, statistics=True

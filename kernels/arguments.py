@@ -48,7 +48,6 @@ class Upstream(NamedTuple):
     delta: Tensor  # [B], Σ_t a_t dL/da_t
     peak_mass: Tensor  # [B, 2], of the softmax the maximum in base 2 and the sum
     back: tuple[Tensor, ...]  # [H2, H1], ..., the matrices of the way back, see mlp_backward
-    product: Tensor  # [D, H1], the network's, transposed
 
 
 class Chunk(NamedTuple):

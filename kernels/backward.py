@@ -11,6 +11,7 @@ from torch import Tensor
 from . import settings
 from .activation_unit import specialize
 from .arguments import PARAMS, Histories, Spec, Upstream
+from .fragments import Fragments
 from .normal_form import NormalForm
 from .tuning import tuned
 
@@ -73,11 +74,14 @@ class WeightSums(NamedTuple):
         params: Sequence[Tensor],
         last_weight: Tensor,
         last_bias: Tensor,
+        order: Fragments | None = None,
     ) -> WeightSums:
-        """From sums of each program, `[programs, ...]`, matrices transposed."""
+        """From sums of each program, `[programs, ...]`, matrices transposed; of the first layer they may be in an
+        order of their own."""
+        first = [x.sum(0) if order is None else order.matrix(x.sum(0)) for x in (key, product)]
         return cls(
-            key.sum(0).t(),
-            product.sum(0).t(),
+            first[0].t(),
+            first[1].t(),
             [w.sum(0).t() for w in weights],
             [b.sum(0) for b in biases],
             [p.sum(0) for p in params],
@@ -86,14 +90,17 @@ class WeightSums(NamedTuple):
         )
 
 
-def program_sums(call: Call, first: int, later: int, last: int) -> dict[str, Any]:
+def program_sums(
+    call: Call, first: int, later: int, last: int, order: Fragments | None = None
+) -> dict[str, Any]:
     """Zeros for `WeightSums.of_programs`: as many as programs make sums of the first layer, of the hidden layers behind
     it, and of the last layer and the params."""
     network, zeros = call.net.network, call.upstream.peak_mass.new_zeros
+    shape = network.key.t().shape if order is None else (order.count,)
     with_params = PARAMS.get(call.net.form.kernel, 0) * (len(call.net.hidden) - call.statistics)
     return {
-        "key": zeros(first, *network.key.t().shape),
-        "product": zeros(first, *network.product.t().shape),
+        "key": zeros(first, *shape),
+        "product": zeros(first, *shape),
         "weights": tuple(zeros(later, *w.t().shape) for w in network.weights),
         "biases": tuple(zeros(later, *b.shape) for b in network.biases),
         "params": tuple(zeros(last, *p.shape) for p in network.params[:with_params]),

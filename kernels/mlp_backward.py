@@ -30,6 +30,13 @@ def with_fresh_vectors(net, sequence, first, layers, last, rest, SPEC: tl.conste
 
 
 @triton.jit
+def with_fresh_network(net, sequence, first, layers, rest, SPEC: tl.constexpr):
+    """As with_fresh_vectors, with the last layer's bias loaded again too: one register less in the loop."""
+    last = ((), tl.load(net.last_bias + hidden_zero(rest)))
+    return with_fresh_vectors(net, sequence, first, layers, last, rest, SPEC)
+
+
+@triton.jit
 def load_matrix_of(back, LAYER: tl.constexpr, SPEC: tl.constexpr):
     return load_matrix(
         back[LAYER - 1],
