@@ -156,7 +156,8 @@ def _streamed(call: Call) -> WeightSums:
     )
     row = "split" if split else call.net.precision
     tokens = call.tuned("tokens", row, settings.BACKWARD_TOKENS[row])
-    weights = call.tuned("weights", row, settings.BACKWARD_WEIGHTS[row])
+    gate = " gate" if row == "half" and PARAMS.get(call.net.form.kernel, 0) > 1 else ""
+    weights = call.tuned("weights", row + gate, settings.BACKWARD_WEIGHTS[row + gate])
     first, later = call.programs(tokens), call.programs(weights)
     spec = call.spec(tokens, settings.SPLIT_TOKENS if split else None)
     part = peak_mass.new_empty(2 * first, call.grad_first.shape[1])
