@@ -1,4 +1,4 @@
-"""activation_unit_statistics forward where the MLP is wide: the mean of each tile, and the squares of distances from it.
+"""activation_unit_statistics forward where the MLP is wide: means of tiles, and squares of distances from them.
 
 Tiles have tokens that follow each other, of whatever sequences, as in `wide`.
 """
@@ -60,7 +60,7 @@ def _moments_kernel(data, batch, owners, net, counts, centres, squares, count, S
 def moments_of_tiles(
     data: Histories, net: NormalForm, spec: Spec, launch: settings.Launch, count: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`counts [tiles]`, `centres [tiles, H]` and `squares [tiles, H]` of the last hidden layer, before its activation."""
+    """`counts [tiles]`, `centres [tiles, H]` and `squares [tiles, H]` of the last hidden layer's pre-activations."""
     tiles = triton.cdiv(count, launch.block)
     zeros = net.network.first_bias.new_zeros
     counts = zeros(tiles, dtype=torch.int64)

@@ -13,7 +13,7 @@ from .arguments import depth, get, narrowest, widest, width
 from .attend_backward import attend_backward, load_sequence
 from .dropout import noise_of
 from .histories import load_tile, part_at, position_of, share_of
-from .mlp import load_network, params_of, run_layers, score
+from .mlp import hidden_zero, load_network, load_params, params_of, run_layers, score
 from .mlp_backward import load_back, run_layers_backward, with_fresh_vectors
 from .primitives import param_terms
 from .schedule import find_sequence
@@ -136,9 +136,12 @@ def weights_kernel(
             zs, hs, outputs = run_layers(k, again[0], again[1], again[3], noise, DTYPE, SPEC)
             s = score(hs[n - 1], again[2])  # [BLOCK]
             _a, ds = attend_backward(s, v, grads, upstream.grad_scores + position, rest, SPEC)
-            dhs, dzs = run_layers_backward(ds, zs, hs, outputs, back, again[3], noise, SPEC)
+            params = again[3]
+            if get(SPEC, "sums") == "params":  # their sums leave no registers for what stays through a tile
+                params = load_params(net, hidden_zero(rest, 2), SPEC)
+            dhs, dzs = run_layers_backward(ds, zs, hs, outputs, back, params, noise, SPEC)
             sums = add_layer_sums(sums, outputs, dzs, SPEC)
-            param_sums = add_param_sums(param_sums, zs, dhs, again[3], SPEC)
+            param_sums = add_param_sums(param_sums, zs, dhs, params, SPEC)
             if get(SPEC, "last_layer"):
                 last_sum = add_octets(times_rows(ds, hs[n - 1]), last_sum)
                 last_bias_sum += ds

@@ -37,8 +37,8 @@ def recompute_kernel(data, batch, owners, net, upstream, chunk, sums, count, SPE
     """The rows of a chunk, and the sums of its tiles. Slack, too, has rows, of zeros."""
     D: tl.constexpr = get(SPEC, "dim")
     BLOCK: tl.constexpr = get(SPEC, "block")
-    row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    position = chunk.first + row
+    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)  # 32 bits reach across a chunk
+    position = chunk.first + row.to(tl.int64)
     inside = position < count
     owner, valid = owners_of(owners, batch, position, count)
     place = rows_of(data, position, valid, SPEC)

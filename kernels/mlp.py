@@ -9,10 +9,13 @@ from .arguments import depth, get, narrowest, params_loaded, widest, width
 from .dropout import drop
 from .primitives import (
     activate,
+    columns,
     dot,
     load_matrix,
     load_vector,
     multiply_add,
+    slab_count,
+    slab_inside,
 )
 
 
@@ -23,31 +26,51 @@ def load_units(pointer, LAYER: tl.constexpr, SPEC: tl.constexpr):
 
 
 @triton.jit
+def places_of(pointer, WIDTH: tl.constexpr, WIDEST: tl.constexpr, NARROWEST: tl.constexpr):
+    """Where a vector lies, per slab, and a mask where the slab reaches past it."""
+    slabs = ()
+    for j in tl.static_range(slab_count(WIDTH, WIDEST, NARROWEST)):
+        column = columns(j, WIDTH, WIDEST, NARROWEST)
+        if slab_inside(j, WIDTH, WIDEST, NARROWEST):
+            slabs = slabs + ((pointer + column, ()),)
+        else:
+            slabs = slabs + ((pointer + column, (column < WIDTH,)),)
+    return slabs
+
+
+@triton.jit
 def load_params(net, zero, SPEC: tl.constexpr):
-    """Per hidden layer the vectors that its activation takes. `zero` is added to their addresses."""
+    """Per hidden layer the vectors that its activation takes, for `params_of`. `zero` is added to their addresses."""
     params = ()
     for i in tl.static_range(depth(SPEC)):
         vectors = ()
         for j in tl.static_range(params_loaded(i, len(net.params), SPEC)):
-            vectors = vectors + (load_units(net.params[i * get(SPEC, "params_each") + j] + zero, i, SPEC),)
+            vector = net.params[i * get(SPEC, "params_each") + j] + zero
+            vectors = vectors + (places_of(vector, width(i, SPEC), widest(i, SPEC), narrowest(i, SPEC)),)
         params = params + (vectors,)
     return params
 
 
 @triton.jit
-def hidden_zero(rest):
+def hidden_zero(rest, TIME: tl.constexpr = 1):
     """0, as `rest` is positive; but the compiler does not know, and cannot load ahead of the loop what lies at an
     address that it is added to: held over all tiles of a sequence, vectors would take registers that a tile needs more.
     """
-    return (rest.to(tl.int32) >> 31) * 16  # keeps addresses aligned
+    return (rest.to(tl.int32) >> 31) * (16 * TIME)  # keeps addresses aligned
 
 
 @triton.jit
 def params_of(params, j: tl.constexpr):
-    """For slab j of a layer, as rows that broadcast over its tokens."""
+    """For slab j of a layer, as rows that broadcast over its tokens. Loaded where they are read: three vectors over all
+    units, held through a tile, are more registers than the tile has left."""
     rows = ()
     for i in tl.static_range(len(params)):
-        rows = rows + (params[i][j][None, :],)
+        place, mask = params[i][j]
+        if len(mask) == 0:
+            row = tl.load(place)
+        else:
+            row = tl.load(place, mask=mask[0], other=0.0)
+        rows = rows + (row[None, :],)
     return rows
 
 

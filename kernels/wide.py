@@ -17,7 +17,7 @@ import triton.language as tl
 
 from .arguments import depth, get, params_loaded, width
 from .dropout import drop_units, noise_of
-from .mlp import params_of, score
+from .mlp import params_of, places_of, score
 from .primitives import (
     activate,
     columns,
@@ -177,7 +177,8 @@ def load_held(pointer, LAYER: tl.constexpr, SPEC: tl.constexpr):
 def held_params(net, LAYER: tl.constexpr, SPEC: tl.constexpr):
     vectors = ()
     for n in tl.static_range(params_loaded(LAYER, len(net.params), SPEC)):
-        vectors = vectors + (load_held(net.params[LAYER * get(SPEC, "params_each") + n], LAYER, SPEC),)
+        vector = net.params[LAYER * get(SPEC, "params_each") + n]
+        vectors = vectors + (places_of(vector, width(LAYER, SPEC), held_slab(SPEC), 16),)
     return vectors
 
 

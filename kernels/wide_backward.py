@@ -25,6 +25,7 @@ from .primitives import (
     store_rows,
     times_tanh_slope,
 )
+from .sums import in_dtype
 from .wide import (
     activate_held,
     activate_units,
@@ -195,15 +196,14 @@ def last_back(ds, z, h, noise, net, chunk, sums, tile, row, inside, SPEC: tl.con
     """From dL/ds to e of the last layer, where that is held; stored too."""
     LAST: tl.constexpr = depth(SPEC) - 1
     H: tl.constexpr = width(LAST, SPEC)
-    if get(SPEC, "last_layer"):
-        for j in tl.static_range(len(h)):
-            unit = columns(j, H, held_slab(SPEC))
-            tl.store(sums.last_weight + tile * H + unit, tl.sum(ds[:, None] * h[j], 0), mask=unit < H)
     params = held_params(net, LAST, SPEC)
     dh, e = last_units_backward(ds, z, h, params, noise, SPEC)
     for j in tl.static_range(len(z)):
         unit = columns(j, H, held_slab(SPEC))
+        if get(SPEC, "last_layer"):
+            tl.store(sums.last_weight + tile * H + unit, tl.sum(ds[:, None] * h[j], 0), mask=unit < H)
         store_param_sums(sums, dh[j], z[j], params_of(params, j), tile, unit, LAST, SPEC)
+    e = in_dtype(e, chunk.grads[LAST].dtype.element_ty)
     store_layer(chunk.grads[LAST], e, row, inside, LAST, SPEC)
     return e
 

@@ -49,7 +49,7 @@ def products_in_tf32() -> Iterator[None]:
 
 
 @pytest.fixture(params=["tf32", "ieee", "bf16", pytest.param("fp16", marks=pytest.mark.slow)])
-def dtype(request: pytest.FixtureRequest, products_in_tf32: None) -> torch.dtype:
+def dtype(request: pytest.FixtureRequest) -> torch.dtype:
     if request.param == "ieee":
         torch.set_float32_matmul_precision("highest")
     return PRECISIONS[request.param]
@@ -205,7 +205,9 @@ def test_statistics_equal_the_formula_over_every_kind_of_history(
     check_statistics(layer, lengths=lengths, dtype=dtype)
 
 
-@pytest.mark.parametrize("data", [{"table": 50}, {"table": 200, "unique_rows": True}, {"slack": 150}], ids=str)
+@pytest.mark.parametrize(
+    "data", [{"table": 50}, {"table": 200, "unique_rows": True}, {"slack": 150}], ids=str
+)
 def test_statistics_read_a_table_and_no_slack(data: dict[str, Any]) -> None:
     check_statistics(2, **data)
 

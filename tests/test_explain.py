@@ -63,9 +63,9 @@ def test_what_no_kernel_covers_says_why() -> None:
     (row,) = recattn.explain(AttentionalGRU(8, 300), **BF16)
     assert row.runs == "composite"
     assert row.reason == "kernels take inputs and states up to 128 wide, not 300"
-    rows = list(recattn.explain(ActivationUnit(8, (300, 4), activation="dice"), **BF16))
+    rows = list(recattn.explain(ActivationUnit(8, (600, 4), activation="dice"), **BF16))
     assert [row.operator for row in rows] == ["activation_unit_statistics", "activation_unit"]
-    assert all("up to 128 wide" in row.reason for row in rows)
+    assert all("hidden layers up to 512 wide" in row.reason for row in rows)
 
 
 def test_the_eager_twin_is_told() -> None:

@@ -83,13 +83,15 @@ for name, changes in {
     "unique rows": {"table": 90, "unique_rows": True},
     "dice, dropout": {"activation": "dice", "dropout": 0.3},
     "wide": {"hidden": (136, 20), "dtype": BF16},
+    "wide, dice, dropout": {"hidden": (136, 20), "activation": "dice", "dropout": 0.3},
 }.items():
     CALLS[f"activation_unit, {name}"] = case_on_gpu(
         activation_unit_cases.call, functional.activation_unit, activation_unit_cases.Case(**MLP | changes)
     )
-CALLS["activation_unit_statistics"] = case_on_gpu(
-    statistics, functional.activation_unit_statistics, activation_unit_cases.Case(**MLP)
-)
+for name, changes in {"classic": {}, "wide": {"hidden": (136, 20), "dtype": BF16}}.items():
+    CALLS[f"activation_unit_statistics, {name}"] = case_on_gpu(
+        statistics, functional.activation_unit_statistics, activation_unit_cases.Case(**MLP | changes)
+    )
 for name, changes in {
     "fp32": {},
     "bias, log-sum-exp": {"bias": "by head", "return_lse": True},

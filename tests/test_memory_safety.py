@@ -108,6 +108,13 @@ for name, changes in {
     "rows": {"table": 29},
     "unique rows": {"table": 90, "unique_rows": True},
     "wide": {"dim": 20, "hidden": (136, 20), "lengths": (0, 5, 33), "dtype": BF16},
+    "wide, dice and dropout": {
+        "dim": 20,
+        "hidden": (20, 136),
+        "lengths": (0, 5, 33),
+        "activation": "dice",
+        "dropout": 0.3,
+    },
     "no history": {"lengths": ()},
     "only empty ones": {"lengths": (0, 0)},
 }.items():
@@ -122,9 +129,12 @@ for name, changes in {
     RUNS[f"activation_unit, {name}"] = Run(
         activation_unit_cases, functional.activation_unit, replace(MLP, dtype=BF16, **changes), short=True
     )
-RUNS["activation_unit_statistics"] = Statistics(
-    statistics_cases, functional.activation_unit_statistics, replace(MLP, activation="dice", dropout=0.2)
-)
+for name, changes in {"classic": {}, "wide": {"hidden": (136, 20), "lengths": (0, 5, 33)}}.items():
+    RUNS[f"activation_unit_statistics, {name}"] = Statistics(
+        statistics_cases,
+        functional.activation_unit_statistics,
+        replace(MLP, activation="dice", dropout=0.2, **changes),
+    )
 for name, changes in {
     "plain": {},
     "one head": {"heads": 1, "dim": 18, "dtype": BF16},
