@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import target_attention_settings as settings
 from .arguments import get
-from .primitives import LOG2_E, columns, dot, exp2, slab_count, slab_inside
+from .primitives import LOG2_E, columns, dot, exp2, log2_once, slab_count, slab_inside
 
 # Stands for the maximum of no scores: finite, so that its difference from a score of -inf is no NaN.
 LOWEST = tl.constexpr(-3.0e38)
@@ -218,7 +218,7 @@ def load_softmax(pointer, place, alive, SPEC: tl.constexpr):
     mass = tl.where(mass > 0, mass, 1.0)  # where a bias of -inf hides all, and for exp
     # In one exponent with it the sum costs all of a history some bits, in one direction.
     if get(SPEC, "approx"):
-        shift += tl.log2(mass)
+        shift += log2_once(mass, True)
     return shift, 1 / mass
 
 

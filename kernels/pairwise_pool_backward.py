@@ -34,6 +34,7 @@ from .pairs import (
 from .pairwise_pool_sample import (
     Sums,
     Upstream,
+    columns_of,
     load_back_weight,
     load_sample,
     one_column,
@@ -98,9 +99,8 @@ def _add_pair(
     SLABS: tl.constexpr = len(v)
     products = pair_products(own, c, v, SPEC)
     z = units(products, net, SPEC)
-    weight, grad = score_gradient(
-        z, part(wide, c, SLABS), v_upstream, sample, up, back.heads, pair, v[0].dtype, SPEC
-    )
+    upstream = columns_of(part(wide, c, SLABS), v_upstream)
+    weight, grad = score_gradient(z, upstream, sample, up, back.heads, pair, v[0].dtype, SPEC)
     back_grad, sums = _through_network(grad, z, products, weight, sample, back, sums, SPEC)
     grown = ()
     for n in tl.static_range(len(own_grad)):

@@ -104,7 +104,16 @@ def one_column(projection, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def _attention(z, own_wide, v_upstream, sample, up, heads, pair, DTYPE: tl.constexpr, SPEC: tl.constexpr):
+def columns_of(x, y):
+    """`Σ_k x_k y_k`, `[ROWS, 16]`."""
+    out = x[0] * y[0]
+    for k in tl.static_range(1, len(x)):
+        out += x[k] * y[k]
+    return out
+
+
+@triton.jit
+def _attention(z, upstream, sample, up, heads, pair, DTYPE: tl.constexpr, SPEC: tl.constexpr):
     """`[ROWS]`: the weight before dropout, what the products are weighted by, and the gradient of the first.
 
     The gradient is of unrounded products: it is compared with delta, which is."""
@@ -112,10 +121,7 @@ def _attention(z, own_wide, v_upstream, sample, up, heads, pair, DTYPE: tl.const
     s = tl.zeros([z[0].shape[0], 8], tl.float32)
     for a in tl.static_range(len(z)):
         s = dot(narrow_relu(z[a], DTYPE, APPROX), heads[a], s, get(SPEC, "precision"))
-    inner = own_wide[0] * v_upstream[0]
-    for k in tl.static_range(1, len(v_upstream)):
-        inner += own_wide[k] * v_upstream[k]
-    grad = tl.sum(inner, 1)
+    grad = tl.sum(upstream, 1)
     # In one exponent with the maximum the sum would cost the weights of a sample some bits, of all in one direction.
     weight = exp2(tl.sum(s, 1) * LOG2_E - sample.peak, APPROX) * sample.part
     if get(SPEC, "scores"):
@@ -132,9 +138,10 @@ def _attention(z, own_wide, v_upstream, sample, up, heads, pair, DTYPE: tl.const
 
 
 @triton.jit
-def score_gradient(z, own_wide, v_upstream, sample, up, heads, pair, DTYPE: tl.constexpr, SPEC: tl.constexpr):
-    """What the products are weighted by, and dL/ds: `[ROWS, 1]`. `heads` are those of `one_column`."""
-    weight, factor, grad = _attention(z, own_wide, v_upstream, sample, up, heads, pair, DTYPE, SPEC)
+def score_gradient(z, upstream, sample, up, heads, pair, DTYPE: tl.constexpr, SPEC: tl.constexpr):
+    """What the products are weighted by, and dL/ds: `[ROWS, 1]`. The gradient of the weight is
+    the sum over the columns of `upstream [ROWS, 16]`; `heads` are those of `one_column`."""
+    weight, factor, grad = _attention(z, upstream, sample, up, heads, pair, DTYPE, SPEC)
     if get(SPEC, "pairs") == 1:  # whose weight is 1, whatever its score
         ds = tl.zeros(grad.shape, tl.float32)
     else:
@@ -154,8 +161,8 @@ def with_mean(sample, data, up, net, heads, SPEC: tl.constexpr):
             v = load_field(data, sample.rows, j, SPEC)
             z = units(pair_products(own, 0, v, SPEC), net, SPEC)
             pair = pair_place(i, j, SPEC)
-            upstream = multiplied(widened(v), sample.wide)
-            weight, _, grad = _attention(z, wide, upstream, sample, up, heads, pair, v[0].dtype, SPEC)
+            upstream = columns_of(wide, multiplied(widened(v), sample.wide))
+            weight, _, grad = _attention(z, upstream, sample, up, heads, pair, v[0].dtype, SPEC)
             mean += weight * grad
     return Sample(sample.rows, sample.keys, sample.grad, sample.wide, mean, sample.peak, sample.part)
 

@@ -17,9 +17,9 @@ from .pairs import (
     load_field,
     load_vector_slabs,
     load_weight,
-    multiplied,
     pair_place,
     pair_products,
+    product,
     rows_of,
     units,
     widened,
@@ -75,13 +75,40 @@ def _load_units(data, first, UNITS: tl.constexpr, SPEC: tl.constexpr):
 
 
 @triton.jit
+def _part(pointer, rows, stride, k: tl.constexpr, SPEC: tl.constexpr):
+    """Slab k of rows `stride` apart, `[ROWS, 16]`."""
+    column = columns(k, get(SPEC, "dim"), 16)[None, :]
+    inside = rows.valid[:, None] & (column < get(SPEC, "dim"))
+    return tl.load(pointer + rows.place[:, None] * stride + column, mask=inside, other=0.0)
+
+
+@triton.jit
+def _spread(x, weight, k: tl.constexpr, SLABS: tl.constexpr, z, PRECISION: tl.constexpr):
+    """All slabs of units, with what slab k of the products gives them added."""
+    out = ()
+    for a in tl.static_range(len(z)):
+        out = out + (dot(x, weight[a * SLABS + k], z[a], PRECISION),)
+    return out
+
+
+@triton.jit
+def _gather(x, weight, a: tl.constexpr, back, PRECISION: tl.constexpr):
+    """All slabs of the products' gradient, with what slab a of the units gives them added."""
+    out = ()
+    for k in tl.static_range(len(back)):
+        out = out + (dot(x, weight[a * len(back) + k], back[k], PRECISION),)
+    return out
+
+
+@triton.jit
 def _fields_kernel(data, up, grad_scores, SPEC: tl.constexpr):
     """Writes the gradients of the fields, and dL/ds to `grad_scores [P, B]`. Programs along the second axis share the
-    pairs."""
+    pairs. Fields and dL/dout are read slab by slab wherever they are needed, as registers have no room for them."""
     ROWS: tl.constexpr = get(SPEC, "rows")
     DIM: tl.constexpr = get(SPEC, "dim")
     HIDDEN: tl.constexpr = get(SPEC, "hidden")
     COUNT: tl.constexpr = get(SPEC, "count")
+    STRIDE: tl.constexpr = get(SPEC, "batch_stride")
     PRECISION: tl.constexpr = get(SPEC, "precision")
     DTYPE: tl.constexpr = data.fields.dtype.element_ty
     SLABS: tl.constexpr = slab_count(DIM, 16)
@@ -94,39 +121,53 @@ def _fields_kernel(data, up, grad_scores, SPEC: tl.constexpr):
     net = Network(weight, load_vector_slabs(data.bias, HIDDEN), ())
     heads = one_column(projection, DTYPE)
     sample = load_sample(data, up, tl.program_id(0), SPEC)
+    rows = sample.rows
     if get(SPEC, "few"):
         sample = with_mean(sample, data, up, net, heads, SPEC)
     fields = up.fields + share.to(tl.int64) * data.batch * (COUNT * DIM)
     store_field(fields, zero_rows(ROWS, SLABS * 16, 16), sample, SPEC, False)
     for i in tl.range(1, COUNT, num_stages=1):
-        own = load_field(data, sample.rows, i, SPEC)
-        wide = widened(own)
+        own = data.fields + i * get(SPEC, "field_stride")
         own_grad = zero_rows(ROWS, SLABS * 16, 16)
         for j in tl.range(share, i, shares, num_stages=1):
-            v = load_field(data, sample.rows, j, SPEC)
-            v_wide = widened(v)
-            pair = pair_place(i, j, SPEC)
-            z = units(pair_products(own, 0, v, SPEC), net, SPEC)
-            factor, ds = score_gradient(
-                z, wide, multiplied(v_wide, sample.wide), sample, up, heads, pair, DTYPE, SPEC
-            )
-            place = grad_scores + tl.cast(pair, tl.int64) * data.batch + sample.rows.place
-            tl.store(place, tl.sum(ds, 1), mask=sample.rows.valid)
-            x = ()
+            other = data.fields + j * get(SPEC, "field_stride")
+            z = ()
             for a in tl.static_range(UNITS):
-                x = x + (tl.where(z[a] > 0, ds, 0.0).to(DTYPE),)
-            grown = ()
-            v_grad = ()
+                z = z + (tl.zeros([ROWS, 16], tl.float32) + net.bias[a].to(tl.float32)[None, :],)
+            upstream = tl.zeros([ROWS, 16], tl.float32)
             for k in tl.static_range(SLABS):
-                back = factor * sample.wide[k]  # dL/d(product)
-                for a in tl.static_range(UNITS):
-                    back = dot(x[a], back_weight[a * SLABS + k], back, PRECISION)
-                grown = grown + (own_grad[k] + back * v_wide[k],)
-                v_grad = v_grad + (back * wide[k],)
+                x = _part(own, rows, STRIDE, k, SPEC)
+                y = _part(other, rows, STRIDE, k, SPEC)
+                z = _spread(product(x, y, get(SPEC, "approx")), weight, k, SLABS, z, PRECISION)
+                wide = widened((x, y, _part(up.grad_out, rows, DIM, k, SPEC)))
+                upstream += wide[0] * (wide[1] * wide[2])
+            pair = pair_place(i, j, SPEC)
+            factor, ds = score_gradient(z, upstream, sample, up, heads, pair, DTYPE, SPEC)
+            place = grad_scores + tl.cast(pair, tl.int64) * data.batch + rows.place
+            tl.store(place, tl.sum(ds, 1), mask=rows.valid)
+            back = zero_rows(ROWS, SLABS * 16, 16)
+            for a in tl.static_range(UNITS):
+                back = _gather(tl.where(z[a] > 0, ds, 0.0).to(DTYPE), back_weight, a, back, PRECISION)
+            grown = ()
+            for k in tl.static_range(SLABS):
+                x = _part(own, rows, STRIDE, k, SPEC)
+                y = _part(other, rows, STRIDE, k, SPEC)
+                wide = widened((x, y, _part(up.grad_out, rows, DIM, k, SPEC)))
+                grad = back[k] + factor * wide[2]  # of the product
+                grown = grown + (own_grad[k] + grad * wide[1],)
+                _add_part(fields + j * DIM, grad * wide[0], rows, COUNT * DIM, k, SPEC)
             own_grad = grown
-            store_field(fields + j * DIM, v_grad, sample, SPEC, True)
         store_field(fields + i * DIM, own_grad, sample, SPEC, False)
         tl.debug_barrier()  # other threads may add to it
+
+
+@triton.jit
+def _add_part(pointer, x, rows, stride, k: tl.constexpr, SPEC: tl.constexpr):
+    """To what is there; see `_part`."""
+    column = columns(k, get(SPEC, "dim"), 16)[None, :]
+    inside = rows.valid[:, None] & (column < get(SPEC, "dim"))
+    place = pointer + rows.place[:, None] * stride + column
+    tl.store(place, tl.load(place, mask=inside, other=0.0) + x, mask=inside)
 
 
 @triton.jit

@@ -176,6 +176,17 @@ def exp2(x, APPROX: tl.constexpr):
 
 
 @triton.jit
+def log2_once(x, APPROX: tl.constexpr):
+    """log2. The asm is volatile: what is pure is made again, its loads included, in every layout that it is read in."""
+    if APPROX:
+        return tl.inline_asm_elementwise(
+            "lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=False, pack=1
+        )
+    else:
+        return tl.log2(x)
+
+
+@triton.jit
 def tanh(x, APPROX: tl.constexpr):
     if APPROX:
         return tl.inline_asm_elementwise(

@@ -32,7 +32,7 @@ SHORT = 48  # mean length below which histories share a tile
 # Wider tiles, or larger ones, would keep more than 255 words in a thread's registers.
 QUERY_NARROW = 64
 QUERY_FORWARD = {
-    ("narrow", "half"): Tiles(32, 16, 1, 2, 64, 256, 12),
+    ("narrow", "half"): Tiles(32, 16, 1, 2, 32, 256, 12),
     ("narrow", "tf32"): Tiles(32, 16, 1, 2, 64, 256, 12),
     ("narrow", "ieee"): Tiles(32, 16, 1, 2, 64, 256, 12),
     ("broad", "half"): Tiles(16, 16, 1, 2, 64, 256, 12),
@@ -42,7 +42,7 @@ QUERY_FORWARD = {
 QUERY_BACKWARD = {
     ("narrow", "half"): Tiles(32, 16, 1, 2, 64, 256, 8),
     ("narrow", "tf32"): Tiles(16, 16, 1, 2, 64, 256, 8),
-    ("narrow", "ieee"): Tiles(16, 16, 1, 2, 64, 256, 8),
+    ("narrow", "ieee"): Tiles(16, 16, 1, 1, 64, 256, 8),
     ("broad", "half"): Tiles(16, 16, 1, 2, 64, 256, 8),
     ("broad", "tf32"): Tiles(16, 16, 1, 2, 64, 256, 8),
     ("broad", "ieee"): Tiles(16, 16, 1, 2, 64, 256, 8),

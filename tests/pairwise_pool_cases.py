@@ -77,15 +77,15 @@ def eager(case: Case, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 def assert_within_budget(case: Case, got: dict[str, Tensor], tensors: dict[str, Tensor]) -> None:
     """Each result's error against float64 is at most twice that of eager code in the same precision.
 
-    On top comes one rounding to the dtype, and what a sum of terms as large as dL/da = g·v·v costs in float32: eager
-    code is exact where they cancel, as over a single pair. Few numbers have no error of their own to speak of: what
-    eager code errs by relative to the largest of its relative errors stands in.
+    On top comes one rounding to the dtype, and a rounding of terms as large as dL/da = g·v·v in float32: of one draw
+    eager code's error is now and then next to nothing; pooled over draws this is not needed. Few numbers have no
+    error of their own to speak of: what eager code errs by relative to the largest of its relative errors stands in.
     """
     truth, reference = exact(case, tensors), eager(case, tensors)
     assert got.keys() == truth.keys()
     size, head = (max(_rms(tensors[name].double()), 1.0) for name in ("fields", "projection"))
     term = case.dim**0.5 * size**4 * head
-    noise = 8 * torch.finfo(torch.promote_types(case.dtype, torch.float32)).eps * term * case.batch**0.5
+    noise = 2 * torch.finfo(torch.promote_types(case.dtype, torch.float32)).eps * term * case.batch**0.5
     epsilon = torch.finfo(case.dtype).eps
     errors = {name: _rms(reference[name].double() - truth[name]) for name in truth}
     relative = max((errors[name] / _rms(t) for name, t in truth.items() if _rms(t) > 0), default=0.0)
