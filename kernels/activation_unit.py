@@ -16,7 +16,8 @@ from .activation_unit_wide import score_all
 from .arguments import Histories, Spec, get
 from .dropout import noise_of
 from .histories import load_tile, part_at, position_of, share_of
-from .mlp import hidden_zero, load_params
+from .mlp import hidden_zero
+from .mlp_backward import layers_in_tile
 from .normal_form import NormalForm, normal_form
 from .packed import one_hot_rows
 from .pooling import pool, pool_rows, pooled, weigh
@@ -56,7 +57,8 @@ def _forward_kernel(data, batch, net, out, peak_mass, scores, part, part_state, 
         sequence, first_row, last_row, stop = part_at(data, batch, sequence, begin, end)
         owner = sequence.to(tl.int64)
         if not get(SPEC, "scored"):
-            q = load_vector(data.query + owner * get(SPEC, "query_stride"), D, SLAB)
+            query = data.query + owner * get(SPEC, "query_stride") + hidden_zero(stop - begin)
+            q = load_vector(query, D, SLAB)
             first = first_layer(net, q, owner, SPEC)
         peak = tl.full([], float("-inf"), tl.float32)
         mass = tl.zeros([BLOCK], tl.float32)
@@ -68,9 +70,9 @@ def _forward_kernel(data, batch, net, out, peak_mass, scores, part, part_state, 
             if get(SPEC, "scored"):
                 s = tl.load(scores + position + token, mask=valid, other=0.0)
             else:
-                params = load_params(net, hidden_zero(stop - start), SPEC)
                 noise = noise_of(net, start + token, SPEC)
-                s = score_tokens(k, first, layers, params, last, SPEC, noise)  # [BLOCK]
+                again = layers_in_tile(net, owner, first, layers, last, stop - start, SPEC)
+                s = score_tokens(k, again[0], again[1], again[3], again[2], SPEC, noise)  # [BLOCK]
             if SOFTMAX:
                 if get(SPEC, "with_scores") and not get(SPEC, "scored"):
                     tl.store(scores + position + token, s, mask=valid)
@@ -259,6 +261,7 @@ def specialize(
         least_rows=launch.least_rows,
         stages=launch.num_stages,
         warps=launch.num_warps,
+        fresh=launch.fresh,
         dropped=0 if unit.dropout is None else unit.dropout.dropped,
         zero=net.form.zero,
     )

@@ -16,6 +16,7 @@ from . import settings
 from .arguments import Histories, Network, Spec, get
 from .dropout import noise_of
 from .histories import load_tile, part_at, share_of
+from .mlp import hidden_zero
 from .mlp_backward import with_fresh_vectors
 from .pooling import weigh
 from .primitives import columns, dot, exp2, load_vector, slab_count, vector_max, vector_sum, zero_rows
@@ -109,21 +110,23 @@ def candidates_kernel(
         slot = slot_of(program, begin, stop, first_row, last_row)
         query = tl.load(groups.query + group)
         count = tl.load(groups.last_query + group) - query
+        zero = hidden_zero(count)
         owners = ()
         firsts = ()
         peaks = ()
         masses = ()
         for c in tl.static_range(COUNT):
             owner = query + tl.minimum(c, count - 1)
-            q = load_vector(data.query + owner * get(SPEC, "query_stride"), D, SLAB)
+            q = load_vector(data.query + owner * get(SPEC, "query_stride") + zero, D, SLAB)
             owners = owners + (owner,)
             firsts = firsts + (first_layer(net, q, owner, SPEC)[0],)
             peaks = peaks + (tl.full([], float("-inf"), tl.float32),)
             masses = masses + (tl.zeros([BLOCK], tl.float32),)
         acc = zero_rows(ROWS, DV, SLAB)
         position = tl.load(groups.begin + group) + (begin - first_row)
-        for start in tl.range(begin, stop, BLOCK, num_stages=get(SPEC, "stages")):
-            rest = (stop - start).to(tl.int32)
+        rows = (stop - begin).to(tl.int32)  # offsets of groups have 64 bits, which take registers
+        for start in tl.range(0, rows, BLOCK, num_stages=get(SPEC, "stages")):
+            rest = rows - start
             valid = token < rest
             k, v = load_tile(data, position, valid, SPEC)
             scores = ()
@@ -153,10 +156,10 @@ def candidates_kernel(
                 for c in tl.static_range(COUNT):
                     p = weigh(scores[c], get(SPEC, "normalize"), APPROX)
                     weights = weights + (tl.where(valid, p, 0.0),)
-            rows = in_rows(weights)
+            spread = in_rows(weights)
             pooled = ()
             for i in tl.static_range(len(v)):
-                pooled = pooled + (dot(rows.to(v[i].dtype), v[i], acc[i], get(SPEC, "precision")),)
+                pooled = pooled + (dot(spread.to(v[i].dtype), v[i], acc[i], get(SPEC, "precision")),)
             acc = pooled
             position += BLOCK
         norms = ()
@@ -173,7 +176,7 @@ def candidates_kernel(
                     tl.store(peak_mass + 2 * (query + c) + 1, norms[c], mask=c < count)
             store_candidates(out + query * DV, DV, acc, count, SPEC)
         else:
-            lane = 2 * tl.num_programs(0)  # parts of candidate c lie behind those of candidate c - 1
+            lane = 2 * tl.num_programs(0) + zero  # parts of candidate c lie behind those of candidate c - 1
             store_candidates(part + slot * DV, lane * DV, acc, count, SPEC)
             for c in tl.static_range(COUNT):
                 tl.store(part_state + 2 * (c * lane + slot), peaks[c])

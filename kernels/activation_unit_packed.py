@@ -8,6 +8,7 @@ import triton.language as tl
 from .arguments import get
 from .dropout import noise_of
 from .histories import load_tile, share_of
+from .mlp import hidden_zero
 from .mlp_backward import with_fresh_vectors
 from .packed import (
     GROUP,
@@ -58,10 +59,11 @@ def packed_forward_kernel(
         mass = tl.zeros([GROUP, 8], tl.float32)
         acc = zero_rows(GROUP, DV, SLAB)
         row = begin.to(tl.int64)
+        zero = hidden_zero(stop - begin)
         for start in tl.range(begin, stop, BLOCK, num_stages=get(SPEC, "stages")):
             valid = token < (stop - start)
             member = member_of(data, start + token, sequence, count)  # [BLOCK]
-            k, v = load_tile(data, row, valid, SPEC)
+            k, v = load_tile(data, row, valid, SPEC, zero)
             q = load_queries(data, sequence, member, SPEC)
             chosen = one_hot(identity, tl.where(valid, member, GROUP))  # [BLOCK, GROUP]
             x = k + multiply(q, k, APPROX) + (chosen,)

@@ -20,7 +20,8 @@ from .activation_unit_statistics_wide import moments_of_tiles
 from .arguments import Upstream, depth, get, narrowest, widest, width
 from .dropout import noise_of
 from .histories import load_tile, part_at, position_of, share_of
-from .mlp import hidden_zero, load_params
+from .mlp import hidden_zero
+from .mlp_backward import with_fresh_vectors
 from .normal_form import backward_weights, normal_form
 from .primitives import columns, load_vector, slab_count
 from .schedule import find_sequence
@@ -64,7 +65,7 @@ def _statistics_kernel(data, batch, net, counts, centres, totals, squares, SPEC:
         return
     tl.store(counts + program, (end - begin).to(tl.int64))
     sequence = find_sequence(data.offsets, batch, begin)
-    layers, _params, _last = load_layers(net, SPEC)
+    layers, _params, last = load_layers(net, SPEC)
     token = tl.arange(0, BLOCK)
     centre = ()
     for j in tl.static_range(slab_count(UNITS, WIDEST, NARROWEST)):
@@ -75,16 +76,16 @@ def _statistics_kernel(data, batch, net, counts, centres, totals, squares, SPEC:
     while begin < end:
         sequence, first_row, _last_row, stop = part_at(data, batch, sequence, begin, end)
         owner = sequence.to(tl.int64)
-        q = load_vector(
-            data.query + owner * get(SPEC, "query_stride"), get(SPEC, "dim"), get(SPEC, "dim_slab")
-        )
+        query = data.query + owner * get(SPEC, "query_stride") + hidden_zero(stop - begin)
+        q = load_vector(query, get(SPEC, "dim"), get(SPEC, "dim_slab"))
         first = first_layer(net, q, owner, SPEC)
         position = position_of(data, sequence, first_row, begin, SPEC)
         for start in tl.range(begin, stop, BLOCK, num_stages=get(SPEC, "stages")):
             valid = token < (stop - start)
             k, _v = load_tile(data, position, valid, SPEC)
-            params = load_params(net, hidden_zero(stop - start), SPEC)
-            z = last_sums(k, first, layers, params, noise_of(net, start + token, SPEC), SPEC)
+            # Read in every tile: kept, they would fill the registers.
+            again = with_fresh_vectors(net, owner, first, layers, last, stop - start, SPEC)
+            z = last_sums(k, again[0], again[1], again[3], noise_of(net, start + token, SPEC), SPEC)
             if fresh == 1:
                 centre = tile_mean(z, valid)
                 fresh = 0
@@ -127,6 +128,8 @@ def forward(unit: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     )
     # A thread adds up rows that lie 8 apart, of 16 that a warp has.
     launch = launch._replace(block=max(launch.block, 16 * launch.num_warps))
+    if settings.architecture(unit.keys.device) == settings.CDNA:
+        launch = launch._replace(num_stages=1)  # registers do not hold the next tile's keys beside the sums
     net = normal_form(unit, bounded_half=True, split=split)
     programs = settings.programs(launch, unit.most_rows, data.key.device)
     zeros = unit.first.bias.new_zeros

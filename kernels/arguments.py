@@ -93,6 +93,7 @@ class Spec:
     dim_slab: int  # widest slab of keys and values
     least_rows: int  # fewest rows worth a program
     stages: int
+    fresh: bool = False  # vectors over the units are read again in every tile
     split: bool = False  # products of float32 as sums of products of parts, forward only
     warps: int = 1  # that share a tile
     scored: bool = False  # forward reads the scores instead of computing them

@@ -45,15 +45,16 @@ def position_of(data, sequence, first_row, row, SPEC: tl.constexpr):
 
 
 @triton.jit
-def load_tile(data, position, valid, SPEC: tl.constexpr):
-    """The keys and the values of a tile that begins at a position, as slabs; zero where a token is not valid."""
+def load_tile(data, position, valid, SPEC: tl.constexpr, zero=0):
+    """The keys and the values of a tile that begins at a position, as slabs; zero where a token is not valid. `zero`
+    is added to the rows, see `hidden_zero`."""
     token = tl.arange(0, get(SPEC, "block"))
     if get(SPEC, "indexed"):
         row = tl.load(data.rows + position + token, mask=valid, other=0).to(tl.int64)
         key = data.key
         value = data.value
     else:
-        row = token
+        row = token + zero
         key = data.key + position * get(SPEC, "key_stride")
         value = data.value + position * get(SPEC, "value_stride")
     k = load_rows(key, row, get(SPEC, "key_stride"), valid, get(SPEC, "dim"), get(SPEC, "dim_slab"))

@@ -55,6 +55,7 @@ def load_params(net, zero, SPEC: tl.constexpr):
 def hidden_zero(rest, TIME: tl.constexpr = 1):
     """0, as `rest` is positive; but the compiler does not know, and cannot load ahead of the loop what lies at an
     address that it is added to: held over all tiles of a sequence, vectors would take registers that a tile needs more.
+    Of what only the prologue of a sequence reads, the addresses of each thread would.
     """
     return (rest.to(tl.int32) >> 31) * (16 * TIME)  # keeps addresses aligned
 

@@ -37,6 +37,16 @@ def with_fresh_network(net, sequence, first, layers, rest, SPEC: tl.constexpr):
 
 
 @triton.jit
+def layers_in_tile(net, sequence, first, layers, last, rest, SPEC: tl.constexpr):
+    """`(first, layers, last, params)` as a tile reads them: their vectors loaded again if that is asked for, the
+    params anyway."""
+    if get(SPEC, "fresh"):
+        return with_fresh_vectors(net, sequence, first, layers, last, rest, SPEC)
+    else:
+        return first, layers, last, load_params(net, hidden_zero(rest), SPEC)
+
+
+@triton.jit
 def load_matrix_of(back, LAYER: tl.constexpr, SPEC: tl.constexpr):
     return load_matrix(
         back[LAYER - 1],

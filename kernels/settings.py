@@ -21,6 +21,7 @@ class Launch(NamedTuple):
     dim_slab: int  # widest slab of keys and values
     least_rows: int  # fewest rows worth a program
     programs_per_sm: int
+    fresh: bool = False  # whether a tile reads vectors over the units again, as registers do not hold them
 
 
 class Kernel(NamedTuple):
@@ -42,10 +43,15 @@ CLASSES = (*dict.fromkeys(NVIDIA.values()), CDNA, GROUP)
 
 Table = dict[str, Launch]
 
+# Exceptions are what leaves no local memory in the loops of a kernel, with as few instructions as that takes.
+
 # By the width of keys and values, and by precision: "split" is fp32 at its full accuracy by tf32 and bfloat16 parts,
 # "ieee" by plain FMAs. Slabs of keys wider than 128 bytes make the compiler keep an address for each of their rows.
 FORWARD: Table = {
     "narrow half": Launch(32, 1, 2, 64, (32, 8), 64, 256, 8),
+    "narrow half blackwell": Launch(32, 1, 2, 64, (32, 8), 64, 256, 8, fresh=True),
+    "narrow half geforce": Launch(32, 1, 2, 64, (32, 8), 64, 256, 8, fresh=True),
+    "narrow half cdna": Launch(64, 4, 2, 64, (32, 8), 64, 256, 4),
     "narrow tf32": Launch(32, 1, 2, 32, (32, 8), 32, 256, 8),
     "narrow split": Launch(32, 2, 1, 32, (32, 8), 64, 256, 4),
     "narrow ieee": Launch(16, 2, 1, 16, (32, 8), 64, 256, 4),
@@ -59,11 +65,16 @@ NARROW = 64
 CANDIDATES = 2  # that share a tile of keys: with 4 it is 7 % fewer instructions, and local memory in the loop
 CANDIDATES_FORWARD: Table = {
     "half": Launch(32, 1, 1, 64, (32, 8), 64, 256, 4),
+    "half hopper": Launch(32, 1, 1, 64, (32, 8), 32, 256, 4),
+    "half blackwell": Launch(32, 2, 1, 32, (32, 8), 64, 256, 4),
+    "half geforce": Launch(32, 2, 1, 32, (32, 8), 64, 256, 4),
+    "half cdna": Launch(64, 4, 1, 64, (32, 8), 64, 256, 2),
 }
 
 # Of kernels whose tiles have tokens of several sequences.
 PACKED_FORWARD: Table = {
     "half": Launch(32, 1, 1, 16, (32, 8), 16, 256, 8),
+    "half geforce": Launch(32, 1, 1, 16, (16, 8), 16, 256, 8),
     "tf32": Launch(32, 2, 1, 32, (32, 8), 32, 256, 8),
 }
 PACKED_BACKWARD: Table = {

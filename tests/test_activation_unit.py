@@ -185,6 +185,18 @@ def test_any_schedule_gives_the_same_result(monkeypatch: pytest.MonkeyPatch) -> 
             torch.testing.assert_close(result.double(), truth[name], rtol=1e-4, atol=1e-4, msg=name)
 
 
+@pytest.mark.parametrize("activation", ["sigmoid", "dice"])
+def test_vectors_read_again_in_every_tile_give_the_same_result(
+    activation: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = variant(activation=activation, lengths=[5, 90, 0, 20, 1, 40])
+    expected = run(case, "triton")
+    for key, launch in settings.FORWARD.items():
+        monkeypatch.setitem(settings.FORWARD, key, launch._replace(fresh=not launch.fresh))
+    for name, result in run(case, "triton").items():
+        assert torch.equal(result, expected[name]), name
+
+
 def test_large_scores_do_not_overflow() -> None:
     for activation, scale in (("relu", 1e4), ("sigmoid", -1e4)):
         check(variant(activation=activation, scale=scale, lengths=[0, 40, 1, 64]))
