@@ -19,7 +19,7 @@ from .backward import Call, WeightSums, program_sums
 from .dropout import noise_of
 from .histories import load_tile, share_of, store_tile
 from .mlp import load_network, run_layers, score
-from .mlp_backward import first_dz, load_back, run_layers_backward, times_weight, with_fresh_network
+from .mlp_backward import first_dz, load_back, run_layers_backward, times_weight, with_fresh_vectors
 from .packed import (
     GROUP,
     add_rows,
@@ -157,7 +157,7 @@ def packed_tokens_kernel(
     if begin >= end:
         return
     sequence = find_sequence(data.offsets, batch, begin)
-    layers, _params, _last = load_network(net, SPEC)
+    layers, _params, last = load_network(net, SPEC)
     back = load_back(upstream.back, 0, SPEC)
     key, product = load_resident(net.key, False, SPEC), load_resident(net.product, False, SPEC)
     token = tl.arange(0, BLOCK)
@@ -182,7 +182,7 @@ def packed_tokens_kernel(
             q = load_queries(data, sequence, member, SPEC)
             chosen = one_hot(identity, tl.where(valid, member, GROUP))  # [BLOCK, GROUP]
             x = k + multiply(q, k, APPROX) + (chosen,)
-            again = with_fresh_network(net, 0, first, layers, (stop - start).to(tl.int32), SPEC)
+            again = with_fresh_vectors(net, 0, first, layers, last, (stop - start).to(tl.int32), SPEC)
             noise = noise_of(net, row + token, SPEC)
             zs, hs, outputs = run_layers(x, first, again[1], again[3], noise, DTYPE, SPEC)
             s = score(hs[n - 1], again[2])  # [BLOCK]

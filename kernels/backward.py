@@ -96,7 +96,7 @@ def program_sums(
     """Zeros for `WeightSums.of_programs`: as many as programs make sums of the first layer, of the hidden layers behind
     it, and of the last layer and the params."""
     network, zeros = call.net.network, call.upstream.peak_mass.new_zeros
-    shape = network.key.t().shape if order is None else (order.count,)
+    shape = network.key.t().shape if order is None else (order.size,)
     with_params = PARAMS.get(call.net.form.kernel, 0) * (len(call.net.hidden) - call.statistics)
     return {
         "key": zeros(first, *shape),

@@ -133,7 +133,7 @@ class Fragments(NamedTuple):
     warps: int
 
     @property
-    def count(self) -> int:
+    def size(self) -> int:
         """Of elements, those past the edges included."""
         return fragment_count(self.rows, self.row_slab, self.cols, self.col_slab)
 

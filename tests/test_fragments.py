@@ -46,14 +46,14 @@ def _read_kernel(
     for j in tl.static_range(slab_count(ROWS, ROW_SLAB)):
         for i in tl.static_range(slab_count(COLS, COL_SLAB)):
             slab = load_fragments(flat, j, i, ROWS, ROW_SLAB, COLS, COL_SLAB, WARPS)
-            slabs = slabs + (slab.to(tl.float32),)
+            slabs = slabs + (slab.to(tl.float32),)  # noqa: RUF005 - Triton cannot unpack here
     add_fragments(sums, slabs, ROWS, ROW_SLAB, COLS, COL_SLAB, WARPS)
 
 
 @pytest.mark.parametrize("order", SHAPES)
 def test_a_matrix_added_by_a_kernel_comes_back_in_rows(order: Fragments) -> None:
     matrix = torch.randn(order.rows, order.cols)
-    sums = torch.zeros(order.count)
+    sums = torch.zeros(order.size)
     for _ in range(2):
         _add_kernel[(1,)](matrix, sums, order.rows, order.row_slab, order.cols, order.col_slab, order.warps)
     assert torch.equal(order.matrix(sums), 2 * matrix)
@@ -64,7 +64,7 @@ def test_a_matrix_added_by_a_kernel_comes_back_in_rows(order: Fragments) -> None
 def test_a_matrix_turned_on_the_host_is_read_in_its_rows(order: Fragments, dtype: torch.dtype) -> None:
     matrix = torch.randn(order.rows, order.cols).to(dtype)
     flat = order.flat(matrix)
-    assert flat.shape == (order.count,)
-    sums = torch.zeros(order.count)
+    assert flat.shape == (order.size,)
+    sums = torch.zeros(order.size)
     _read_kernel[(1,)](flat, sums, order.rows, order.row_slab, order.cols, order.col_slab, order.warps)
     assert torch.equal(order.matrix(sums), matrix.float())

@@ -31,11 +31,10 @@ backward_op = torch.ops.recattn.attentional_gru_backward.default
 
 
 def recurrence_of(*arguments: Any) -> composite.Recurrence:
-    *tensors, rows, unique_rows, row_scores, _sparse_grad, kind, update, reset_after = arguments
-    indexed = rows is not None
-    return composite.Recurrence(
-        *tensors, rows, unique_rows and indexed, row_scores and indexed, kind, update, reset_after
-    )
+    *sequences, unique_rows, row_scores, _sparse_grad, kind, update, reset_after = arguments
+    indexed = sequences[-1] is not None  # the rows
+    options = (unique_rows and indexed, row_scores and indexed, kind, update, reset_after)
+    return composite.Recurrence(*sequences, *options)
 
 
 def _forward(*arguments: Any, on_gpu: bool) -> tuple[Tensor, Tensor]:
