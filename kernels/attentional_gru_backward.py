@@ -49,7 +49,7 @@ GRADIENTS = {
     ("ieee", True): (16, 8),
 }
 WEIGHTS = {
-    ("half", False): (64, 4),
+    ("half", False): (32, 4),
     ("half", True): (32, 8),
     ("tf32", False): (32, 8),
     ("tf32", True): (32, 8),

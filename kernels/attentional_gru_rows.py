@@ -274,7 +274,7 @@ def coefficients_kernel(data, states, starts, factors, SPEC: tl.constexpr):
     weights = (resident(data, True, SPEC), resident(data, False, SPEC))
     end = tl.load(data.offsets + data.batch)
     for tile in tl.range(tl.program_id(0), tl.cdiv(data.rows, BLOCK), tl.num_programs(0), num_stages=1):
-        row = tile.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        row = (tl.zeros([BLOCK], tl.int64) + tile) * BLOCK + tl.arange(0, BLOCK)
         store_coefficients(data, weights, states, starts, factors, row, row < end, SPEC)
 
 
@@ -353,5 +353,5 @@ def gradients_kernel(data, factors, grads, grad_inputs, grad_scores, SPEC: tl.co
     weights = resident(data, True, SPEC)
     end = tl.load(data.offsets + data.batch)
     for tile in tl.range(tl.program_id(0), tl.cdiv(data.rows, BLOCK), tl.num_programs(0), num_stages=1):
-        row = tile.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        row = (tl.zeros([BLOCK], tl.int64) + tile) * BLOCK + tl.arange(0, BLOCK)
         store_gradients(data, weights, factors, grads, grad_inputs, grad_scores, row, row < end, SPEC)
