@@ -34,7 +34,7 @@ def recurrence_of(*arguments: Any) -> composite.Recurrence:
     *sequences, unique_rows, row_scores, _sparse_grad, kind, update, reset_after = arguments
     indexed = sequences[-1] is not None  # the rows
     options = (unique_rows and indexed, row_scores and indexed, kind, update, reset_after)
-    return composite.Recurrence(*sequences, *options)
+    return composite.Recurrence._make([*sequences, *options])
 
 
 def _forward(*arguments: Any, on_gpu: bool) -> tuple[Tensor, Tensor]:
