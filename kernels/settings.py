@@ -332,6 +332,12 @@ def chunk_rows(launch: Launch, light: Launch, device: torch.device) -> int:
     return _round_up(multiprocessors(device) * launch.programs_per_sm * launch.block, light.least_rows)
 
 
+def all_registers() -> dict[str, int]:
+    """An option for launches of one warp. Left to itself, NVIDIA's assembler at times stops at 168 registers a thread,
+    so that twelve programs fit into a multiprocessor, and spills."""
+    return {} if torch.version.hip is not None else {"maxnreg": 255}
+
+
 def multiprocessors(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).multi_processor_count

@@ -319,8 +319,7 @@ def _forward(call: Any) -> tuple[Tensor, Tensor]:
     batch, total = call.offsets.numel() - 1, call.total
     width = max(call.keys.shape[1], call.values.shape[1]) // call.heads
     heads = heads_together(call, settings.QUERY_FORWARD_WIDEST[precision], 8)
-    packed = kernel_of(call).name == "packed"
-    launch = settings.query_forward(precision, heads * width, plain=call.bias is None and not packed)
+    launch = settings.query_forward(precision, heads * width)
     data = data_of(call)
     programs = launch.programs(total, call.keys.device)
     spec = spec_of(
@@ -330,7 +329,7 @@ def _forward(call: Any) -> tuple[Tensor, Tensor]:
         heads,
         least_rows=launch.least_rows,
         columns=8,
-        together=8 // heads if packed else 1,
+        together=8 // heads if kernel_of(call).name == "packed" else 1,
     )
     out = torch.zeros(
         batch + 2 * programs, call.values.shape[1], dtype=torch.float32, device=call.keys.device
@@ -338,7 +337,7 @@ def _forward(call: Any) -> tuple[Tensor, Tensor]:
     peak_mass = out.new_zeros(batch + 2 * programs, call.heads, 2)
     if batch and total:
         _forward_kernel[(programs, call.heads // heads)](
-            data, out, peak_mass, SPEC=spec, num_warps=launch.num_warps
+            data, out, peak_mass, SPEC=spec, num_warps=launch.num_warps, **settings.all_registers()
         )
         join(
             out,

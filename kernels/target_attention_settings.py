@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 
 from .settings import Kernel as Kernel
+from .settings import all_registers as all_registers
 from .settings import multiprocessors
 from .settings import precision as precision
 
@@ -33,8 +34,6 @@ SHORT = 48  # mean length below which histories share a tile
 QUERY_NARROW = 64
 QUERY_FORWARD = {
     ("narrow", "half"): Tiles(32, 16, 1, 2, 32, 256, 12),
-    # Without a bias, for histories with tiles of their own: with 32 keys ptxas keeps to 168 registers, and spills.
-    ("plain", "half"): Tiles(16, 16, 1, 2, 32, 256, 12),
     ("narrow", "tf32"): Tiles(32, 16, 1, 2, 64, 256, 12),
     ("narrow", "ieee"): Tiles(32, 16, 1, 2, 64, 256, 12),
     ("broad", "half"): Tiles(16, 16, 1, 2, 64, 256, 12),
@@ -54,11 +53,8 @@ QUERY_FORWARD_WIDEST = {"half": 256, "tf32": 128, "ieee": 128}
 QUERY_BACKWARD_WIDEST = {"half": 128, "tf32": 64, "ieee": 64}
 
 
-def query_forward(precision: str, width: int, plain: bool) -> Tiles:
-    size = "narrow" if width <= QUERY_NARROW else "broad"
-    if plain and size == "narrow" and precision == "half":
-        size = "plain"
-    return QUERY_FORWARD[size, precision]
+def query_forward(precision: str, width: int) -> Tiles:
+    return QUERY_FORWARD["narrow" if width <= QUERY_NARROW else "broad", precision]
 
 
 def query_backward(precision: str, width: int) -> Tiles:
