@@ -79,9 +79,11 @@ PACKED_FORWARD: Table = {
 }
 PACKED_BACKWARD: Table = {
     "half": Launch(32, 2, 1, 32, (32, 16), 32, 512, 4),
+    "half cdna": Launch(64, 4, 1, 16, (16, 16), 64, 512, 2),
 }
 PACKED_WEIGHTS: Table = {
-    "half": Launch(32, 4, 1, 64, (64, 16), 64, 2048, 2),
+    "half": Launch(64, 4, 1, 64, (64, 16), 64, 2048, 2),
+    "half ampere": Launch(32, 4, 1, 64, (64, 16), 64, 2048, 2),
 }
 SHORT_BACKWARD = 70
 SHORT_FORWARD = 50  # rows per sequence below which they pay
