@@ -18,7 +18,7 @@ from .arguments import Histories, depth, get, narrowest, widest, width
 from .backward import Call, WeightSums, program_sums
 from .dropout import noise_of
 from .histories import load_tile, share_of, store_tile
-from .mlp import load_network, run_layers, score
+from .mlp import hidden_zero, load_network, run_layers, score
 from .mlp_backward import first_dz, load_back, run_layers_backward, times_weight, with_fresh_vectors
 from .packed import (
     GROUP,
@@ -26,21 +26,20 @@ from .packed import (
     all_resident,
     first_layer,
     group_at,
+    held_rows,
     load_members,
     load_queries,
     load_resident,
     member_of,
-    member_rows,
     multiply,
     multiply_slab,
     one_hot,
     one_hot_rows,
-    store_members,
-    turned,
+    store_held,
 )
 from .pooling import weigh, weigh_backward
 from .primitives import LN_2, dot, exp2, load_rows, multiply_add, store_rows
-from .schedule import find_sequence, merge, slot_of
+from .schedule import find_sequence, merge
 from .sums import (
     add_matrix,
     add_octets,
@@ -113,10 +112,10 @@ def store_param_sums(pointers, sums, program, SPEC: tl.constexpr):
 
 
 @triton.jit
-def leave(rows, slabs, row, valid, LAYER: tl.constexpr, SPEC: tl.constexpr):
+def leave(rows, slabs, row, valid, zero, LAYER: tl.constexpr, SPEC: tl.constexpr):
     """Rows of a hidden layer, for the second kernel."""
     STRIDE: tl.constexpr = row_stride(width(LAYER, SPEC))
-    token = tl.arange(0, get(SPEC, "block"))
+    token = tl.arange(0, get(SPEC, "block")) + zero
     store_rows(rows + row * STRIDE, slabs, token, STRIDE, valid, width(LAYER, SPEC), widest(LAYER, SPEC))
 
 
@@ -168,21 +167,24 @@ def packed_tokens_kernel(
     last_bias_sum = tl.zeros([BLOCK], tl.float32)
     while begin < end:
         sequence, count, stop = group_at(data, batch, sequence, begin, end, GROUP)
-        first = first_layer(net, key, product, sequence, count, False, SPEC)
-        grad_out = load_members(upstream.grad_out + sequence.to(tl.int64) * DV, count, DV, SLAB)
+        zero = hidden_zero(stop - begin)
+        first = first_layer(net, key, product, sequence, count, False, SPEC, zero)
+        grad_out = load_members(upstream.grad_out + sequence.to(tl.int64) * DV, count, DV, SLAB, zero)
         grad_out = all_resident(grad_out, False, SPEC)
         # Sums per member, turned: of a product with few rows each warp would compute them all.
         grad_q = zero_matrix(D, SLAB, GROUP, GROUP)
         grad_c = zero_matrix(H1, H1_SLAB, GROUP, GROUP)
         for start in tl.range(begin, stop, BLOCK, num_stages=get(SPEC, "stages")):
             row = tl.cast(start, tl.int64)  # which the interpreter has as a Python int
-            valid = token < (stop - start)
+            rest = (stop - start).to(tl.int32)
+            valid = token < rest
+            tile_zero = hidden_zero(rest)
             member = member_of(data, start + token, sequence, count)  # [BLOCK]
-            k, v = load_tile(data, row, valid, SPEC)
+            k, v = load_tile(data, row, valid, SPEC, tile_zero)
             q = load_queries(data, sequence, member, SPEC)
             chosen = one_hot(identity, tl.where(valid, member, GROUP))  # [BLOCK, GROUP]
             x = k + multiply(q, k, APPROX) + (chosen,)
-            again = with_fresh_vectors(net, 0, first, layers, last, (stop - start).to(tl.int32), SPEC)
+            again = with_fresh_vectors(net, 0, first, layers, last, rest, SPEC)
             noise = noise_of(net, row + token, SPEC)
             zs, hs, outputs = run_layers(x, first, again[1], again[3], noise, DTYPE, SPEC)
             s = score(hs[n - 1], again[2])  # [BLOCK]
@@ -193,11 +195,11 @@ def packed_tokens_kernel(
             last_sum = add_octets(times_rows(ds, hs[n - 1]), last_sum)
             last_bias_sum += ds
             dz = in_dtype(first_dz(dzs, again[2], SPEC), DTYPE)
-            tl.store(owners + row + token, owner, mask=valid)
-            leave(grads[0], dz, row, valid, 0, SPEC)
+            tl.store(owners + row + (token + tile_zero), owner, mask=valid)
+            leave(grads[0], dz, row, valid, tile_zero, 0, SPEC)
             for i in tl.static_range(1, n):
-                leave(units[i - 1], outputs[i - 1], row, valid, i - 1, SPEC)
-                leave(grads[i], dzs[n - 1 - i], row, valid, i, SPEC)
+                leave(units[i - 1], outputs[i - 1], row, valid, tile_zero, i - 1, SPEC)
+                leave(grads[i], dzs[n - 1 - i], row, valid, tile_zero, i, SPEC)
             r = in_dtype(times_weight(dz, product, zero_matrix(BLOCK, BLOCK, D, SLAB), SPEC), DTYPE)
             weights = multiply_slab(a.to(DTYPE)[:, None], chosen, APPROX)  # [BLOCK, GROUP]
             if get(SPEC, "separate_values"):
@@ -210,15 +212,9 @@ def packed_tokens_kernel(
             store_tile(grad_key, dk, data, row, valid, D, SPEC)
             grad_q = outer_sum(multiply(k, r, APPROX), (chosen,), grad_q, PRECISION)
             grad_c = outer_sum(dz, (chosen,), grad_c, PRECISION)
-        first_row, last_row = member_rows(data, sequence, count)  # [GROUP]
-        from_row, to_row = tl.maximum(first_row, begin), tl.minimum(last_row, stop)
-        slot = slot_of(program, from_row, to_row, first_row, last_row)
-        whole = (from_row < to_row) & (slot < 0)
-        cut = (from_row < to_row) & (slot >= 0)
-        target = grad_first + (sequence.to(tl.int64) + tl.arange(0, GROUP)) * (D + H1)
-        own = part + slot * (D + H1)
-        store_members(target, own, turned(grad_q), whole, cut, D, SLAB)
-        store_members(target + D, own + D, turned(grad_c), whole, cut, H1, H1_SLAB)
+        held = held_rows(data, sequence, count, begin, stop, program)
+        store_held(grad_first, part, held, grad_q, D, SLAB, D + H1)
+        store_held(grad_first + D, part + D, held, grad_c, H1, H1_SLAB, D + H1)
         begin = stop
         sequence += count
     store_param_sums(grad_params, param_sums, program, SPEC)

@@ -15,8 +15,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .arguments import get, narrowest, widest, width
-from .primitives import columns, dot, load_matrix, load_rows, slab_count, slab_inside
-from .schedule import find_sequence
+from .primitives import columns, dot, load_matrix, load_rows, slab_count, slab_inside, slab_start
+from .schedule import find_sequence, slot_of
 
 GROUP = tl.constexpr(16)  # rows of the smallest product
 
@@ -70,10 +70,11 @@ def load_queries(data, sequence, member, SPEC: tl.constexpr):
 
 
 @triton.jit
-def load_members(pointer, members, WIDTH: tl.constexpr, WIDEST: tl.constexpr):
-    """A contiguous row of each member, slabs `[GROUP, size]`; zero past the last member."""
+def load_members(pointer, members, WIDTH: tl.constexpr, WIDEST: tl.constexpr, zero=0):
+    """A contiguous row of each member, slabs `[GROUP, size]`; zero past the last member. `zero` is added to the rows,
+    see `mlp.hidden_zero`."""
     member = tl.arange(0, GROUP)
-    return load_rows(pointer, member, WIDTH, member < members, WIDTH, WIDEST)
+    return load_rows(pointer, member + zero, WIDTH, member < members, WIDTH, WIDEST)
 
 
 @triton.jit
@@ -119,14 +120,14 @@ def resident(x, PURE: tl.constexpr, SPEC: tl.constexpr):
 
 
 @triton.jit
-def load_biases(net, sequence, members, j: tl.constexpr, SPEC: tl.constexpr):
+def load_biases(net, sequence, members, j: tl.constexpr, SPEC: tl.constexpr, zero=0):
     """c of the members, slab j of the units, as a weight `[units, GROUP]`."""
     H1: tl.constexpr = width(0, SPEC)
     unit = columns(j, H1, widest(0, SPEC), narrowest(0, SPEC))
     member = tl.arange(0, GROUP)
     c = net.first_bias + sequence.to(tl.int64) * H1
     inside = (unit < H1)[:, None] & (member < members)[None, :]
-    return tl.load(c + member[None, :] * H1 + unit[:, None], mask=inside, other=0.0)
+    return tl.load(c + (member + zero)[None, :] * H1 + unit[:, None], mask=inside, other=0.0)
 
 
 @triton.jit
@@ -148,8 +149,8 @@ def all_resident(slabs, PURE: tl.constexpr, SPEC: tl.constexpr):
 
 
 @triton.jit
-def first_layer(net, key, product, sequence, members, PURE: tl.constexpr, SPEC: tl.constexpr):
-    """The first layer of a group, `(weight, bias)`; its bias is zero."""
+def first_layer(net, key, product, sequence, members, PURE: tl.constexpr, SPEC: tl.constexpr, zero=0):
+    """The first layer of a group, `(weight, bias)`; its bias is zero. `zero` is added to the rows of c."""
     COUNT: tl.constexpr = slab_count(get(SPEC, "dim"), get(SPEC, "dim_slab"))
     weight = ()
     bias = ()
@@ -158,7 +159,7 @@ def first_layer(net, key, product, sequence, members, PURE: tl.constexpr, SPEC: 
             weight = weight + (key[j * COUNT + i],)
         for i in tl.static_range(COUNT):
             weight = weight + (product[j * COUNT + i],)
-        c = load_biases(net, sequence, members, j, SPEC)
+        c = load_biases(net, sequence, members, j, SPEC, zero)
         weight = weight + (resident(c.to(net.key.dtype.element_ty), PURE, SPEC),)
         bias = bias + (tl.zeros([c.shape[0]], tl.float32),)
     return weight, bias
@@ -170,14 +171,6 @@ def add_rows(rows, slabs, acc, PRECISION: tl.constexpr):
     out = ()
     for i in tl.static_range(len(slabs)):
         out = out + (dot(rows, slabs[i], acc[i], PRECISION),)
-    return out
-
-
-@triton.jit
-def turned(slabs):
-    out = ()
-    for i in tl.static_range(len(slabs)):
-        out = out + (tl.trans(slabs[i]),)
     return out
 
 
@@ -198,6 +191,54 @@ def store_members(
         inside = column < WIDTH
         tl.store(whole[:, None] + column, slabs[i], mask=is_whole[:, None] & inside)
         tl.store(cut[:, None] + column, slabs[i], mask=is_cut[:, None] & inside)
+
+
+@triton.jit
+def held_rows(data, sequence, members, begin, stop, program):
+    """What becomes of the row of a member that a thread holds elements of, in a product `[rows, GROUP]`, see
+    `fragments`, for products of 16, 32, 64 and 128 rows: per octet of members and place in a pair
+    `(sequence, slot, whether it is whole, whether it is cut)`, `[2 rows]`."""
+    held = ()
+    for size in tl.static_range(4):
+        lane = tl.arange(0, 32 << size)
+        for i in tl.static_range(4):
+            member = i // 2 * 8 + lane % 4 * 2 + i % 2
+            inside = member < members
+            first_row = tl.load(data.offsets + sequence + member, mask=inside, other=0)
+            last_row = tl.load(data.offsets + sequence + member + 1, mask=inside, other=0)
+            from_row, to_row = tl.maximum(first_row, begin), tl.minimum(last_row, stop)
+            slot = slot_of(program, from_row, to_row, first_row, last_row)
+            here = from_row < to_row
+            held = held + ((sequence.to(tl.int64) + member, slot, here & (slot < 0), here & (slot >= 0)),)
+    return held
+
+
+@triton.jit
+def store_held_slab(
+    whole, cut, held, slab, i: tl.constexpr, WIDTH: tl.constexpr, WIDEST: tl.constexpr, STRIDE: tl.constexpr
+):
+    size: tl.constexpr = slab.shape[0]
+    parts = tl.permute(tl.reshape(slab, [size // 16, 2, 8, 2, 4, 2]), (0, 2, 4, 3, 5, 1))
+    halves = tl.split(tl.reshape(parts, [2 * size, 2, 2, 2]))  # of 16 rows
+    lane = tl.arange(0, 2 * size)
+    row = slab_start(i, WIDTH, WIDEST) + lane // 32 * 16 + lane // 4 % 8
+    for half in tl.static_range(2):
+        places = tl.split(halves[half])  # in a pair
+        for place in tl.static_range(2):
+            octets = tl.split(places[place])
+            for octet in tl.static_range(2):
+                member, slot, is_whole, is_cut = held[(size // 32 - size // 128) * 4 + octet * 2 + place]
+                at = row + 8 * half
+                tl.store(whole + member * STRIDE + at, octets[octet], mask=is_whole & (at < WIDTH))
+                tl.store(cut + slot * STRIDE + at, octets[octet], mask=is_cut & (at < WIDTH))
+
+
+@triton.jit
+def store_held(whole, cut, held, slabs, WIDTH: tl.constexpr, WIDEST: tl.constexpr, STRIDE: tl.constexpr):
+    """As store_members, of slabs `[size, GROUP]`. Each thread stores what it holds: rows would pass shared memory, at
+    addresses that take registers in the loop over tokens."""
+    for i in tl.static_range(slab_count(WIDTH, WIDEST)):
+        store_held_slab(whole, cut, held, slabs[i], i, WIDTH, WIDEST, STRIDE)
 
 
 def one_hot_rows(like: Tensor) -> Tensor:

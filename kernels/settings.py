@@ -79,9 +79,11 @@ PACKED_FORWARD: Table = {
 }
 PACKED_BACKWARD: Table = {
     "half": Launch(32, 2, 1, 32, (32, 16), 32, 512, 4),
+    "half cdna": Launch(64, 4, 1, 16, (16, 16), 64, 512, 2),
 }
 PACKED_WEIGHTS: Table = {
     "half": Launch(64, 4, 1, 64, (64, 16), 64, 2048, 2),
+    "half ampere": Launch(32, 4, 1, 64, (64, 16), 64, 2048, 2),
 }
 SHORT_BACKWARD = 70
 SHORT_FORWARD = 50  # rows per sequence below which they pay
@@ -105,12 +107,14 @@ WIDE_HISTORIES = Launch(8, 4, 2, 256, (256, 16), 128, 256, 0)
 # "split" is "ieee" where products of float32 are made of several narrower ones.
 BACKWARD_TOKENS: Table = {
     "half": Launch(32, 2, 1, 16, (16, 16), 32, 512, 4),
+    "half cdna": Launch(32, 4, 1, 16, (16, 16), 32, 512, 2),
     "tf32": Launch(32, 2, 1, 16, (16, 16), 64, 512, 4),
     "ieee": Launch(32, 4, 1, 64, (32, 16), 64, 512, 2),
     "split": Launch(32, 2, 1, 16, (16, 16), 64, 512, 4),
 }
 BACKWARD_WEIGHTS: Table = {
     "half": Launch(32, 2, 1, 64, (32, 8), 64, 512, 4),
+    "half cdna": Launch(64, 4, 1, 16, (16, 16), 64, 512, 2),
     "half gate": Launch(32, 2, 1, 32, (32, 8), 64, 512, 4),  # of several params per unit
     "tf32": Launch(32, 2, 1, 64, (32, 8), 32, 512, 4),
     "ieee": Launch(32, 2, 1, 64, (32, 8), 64, 512, 4),
