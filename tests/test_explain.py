@@ -26,10 +26,13 @@ def test_on_the_cpu_every_layer_is_composite() -> None:
     model = nn.ModuleDict({"unit": ActivationUnit(8), "self": SelfAttention(8)})
     rows = list(recattn.explain(model))
     few = "not on a GPU; the hidden units of all rows fit in 8 MiB"
+    padded = "not on a GPU; to pad short sequences costs less than a call for each length"
     assert [(row.path, row.layer, row.operator, row.runs, row.kernel, row.reason) for row in rows] == [
         ("unit", "ActivationUnit", "activation_unit", "composite", "few rows", few),
+        ("self", "SelfAttention", "self_attention", "composite", "padded groups", padded),
         ("self", "SelfAttention", "self_attention", "composite", "", "not on a GPU"),
     ]
+    assert [row.histories for row in rows] == ["", "short", "long"]
 
 
 @pytest.mark.parametrize(("count", "kernel"), [(17_000, "few rows"), (18_000, "")])
@@ -38,6 +41,16 @@ def test_the_composite_of_activation_unit_goes_by_the_number_of_rows(count: int,
     history = Jagged(torch.zeros(count, 4), torch.tensor([0, count]))
     (row,) = recattn.explain(layer, torch.zeros(1, 4), history)
     assert (row.runs, row.kernel) == ("composite", kernel)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "kernel"), [([7, 20, 3, 5] * 64, "padded groups"), ([32] * 64, ""), ([16, 320], "")]
+)
+def test_the_composite_of_self_attention_pads_short_sequences(lengths: list[int], kernel: str) -> None:
+    items = Jagged.from_lengths(torch.zeros(sum(lengths), 8), torch.tensor(lengths))
+    (row,) = recattn.explain(SelfAttention(8), items)
+    assert (row.runs, row.kernel) == ("composite", kernel)
+    assert ("to pad short sequences costs less" in row.reason) == bool(kernel)
 
 
 def test_classes_of_kernels_are_told_apart_by_lengths_and_widths() -> None:

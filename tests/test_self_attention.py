@@ -84,6 +84,28 @@ def test_the_composite_path_cuts_what_does_not_fit_a_block(monkeypatch: pytest.M
     check(variant(causal=True, buckets=9, by_time=True, dropout=0.3), "torch")
 
 
+SHORT = [5, 0, 20, 19, 3, 3, 2, 1, 11, 7, 16, 2] * 30
+
+
+@pytest.mark.parametrize("lengths", [SHORT, [24] * 9], ids=["of many lengths", "of one"])
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_padding_short_sequences_changes_nothing(
+    lengths: list[int], kind: dict[str, bool], dtype: torch.dtype
+) -> None:
+    check(variant(lengths=lengths, dtype=dtype, **kind), "torch")
+    if lengths is SHORT and dtype == torch.float32:
+        check(variant(lengths=lengths[:48], buckets=9, by_time=True, dropout=0.3, **kind), "torch")
+
+
+def test_a_large_bias_does_not_overflow_in_the_padding() -> None:
+    case = variant(lengths=SHORT, buckets=9)
+    tensors = case.tensors()
+    tensors["bias_table"] = tensors["bias_table"] + 300
+    for name, result in run(case, "torch", tensors).items():
+        assert torch.isfinite(result).all(), name
+
+
 @pytest.mark.parametrize("backend", ["triton", "torch"])
 @pytest.mark.parametrize(
     "changes", [{"scale": 3.0}, {"scale": -0.5}, {"scale": 0.0}, {"scale": -2.0, "buckets": 4}]

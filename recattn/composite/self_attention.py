@@ -1,4 +1,4 @@
-"""self_attention in PyTorch: sequences of one length go together, so that nothing is padded.
+"""self_attention in PyTorch: sequences of one length go together, on a CPU of like lengths where little is padded.
 
 A block of scores `[n·H, rows, L]` is as large as a core's second cache and is gone with the block; backward makes it
 again from the log-sum-exp. The lengths are read on the host, which waits for the device where it is not the CPU.
@@ -7,15 +7,21 @@ again from the log-sum-exp. The lengths are read on the host, which waits for th
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from recattn.composite.groups import Cost, Group, Layout
 from recattn.composite.score_dropout import kept
 
 # Bytes of a block of scores, by device.
 BLOCK_BYTES = {"cpu": 1 << 20, "cuda": 1 << 28}
+
+# Of a group, of each head of a sequence, and of each element of a key. Backward hardly minds what is left of a row.
+FUSED = Cost(group=40, sequence=0.25, row=0.03, pair=0.001, tail=0.009, key=0.0016)
+FUSED_BACKWARD = Cost(group=70, sequence=0.5, row=0.05, pair=0.0022, tail=0, key=0)
+BLOCKS = Cost(group=150, sequence=0.5, row=0.1, pair=0.004, tail=0, key=0)
 
 _flash_attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _flash_attention_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
@@ -56,77 +62,6 @@ class Attention(NamedTuple):
         return self.v.shape[1] // self.heads
 
 
-class Group(NamedTuple):
-    """n sequences of one length."""
-
-    starts: Tensor  # [n], of each its first row
-    length: int
-
-    @property
-    def size(self) -> int:
-        return self.starts.shape[0]
-
-    def heads(self, x: Tensor, count: int) -> Tensor:
-        """`[n·L, H·d]` to `[n, H, L, d]`."""
-        return x.reshape(self.size, self.length, count, -1).transpose(1, 2)
-
-    def rows(self, x: Tensor) -> Tensor:
-        """The inverse."""
-        return x.transpose(1, 2).reshape(self.size * self.length, -1)
-
-
-class Layout:
-    """The rows of a call with its sequences in the order of their lengths, and without slack.
-
-    Attributes:
-        groups: the sequences of each length but 0.
-        total: how many rows there are.
-    """
-
-    def __init__(self, offsets: Tensor) -> None:
-        offsets = offsets.to(torch.int64)
-        lengths, order = offsets.diff().sort(stable=True)
-        starts = offsets[:-1][order]
-        self.total = int(lengths.sum())
-        sizes, counts = lengths.unique_consecutive(return_counts=True)
-        chosen = starts.split(counts.tolist())
-        self.groups = [Group(rows, n) for rows, n in zip(chosen, sizes.tolist(), strict=True) if n]
-        if self.groups and self.groups[0].length < 0:  # with which memory would be read that is not there
-            raise ValueError(f"offsets: expected non-decreasing values, got {offsets.tolist()}")
-        self._rows: Tensor | None = None
-        if bool((starts.diff() < 0).any()):  # else they lie so already
-            shift = torch.repeat_interleave(
-                starts - lengths.cumsum(0) + lengths, lengths, output_size=self.total
-            )
-            self._rows = shift + torch.arange(self.total, device=offsets.device)
-
-    def gather(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        x = x[: self.total] if self._rows is None else x.index_select(0, self._rows)
-        # PyTorch's attention takes a row's elements to be adjacent, and says nothing where they are not.
-        return x.to(dtype) if x.stride(1) == 1 else x.to(dtype).contiguous()
-
-    def scatter(self, x: Tensor, like: Tensor, dtype: torch.dtype) -> Tensor:
-        """The inverse of `gather`, to as many rows as `like` has, zero for slack."""
-        x = x.to(dtype)
-        if self._rows is None and self.total == like.shape[0]:
-            return x
-        out = x.new_zeros(like.shape[0], x.shape[1])
-        if self._rows is None:
-            out[: self.total] = x
-            return out
-        return out.index_copy_(0, self._rows, x)
-
-    def parts(
-        self, *tensors: Tensor, pieces: Callable[[Group], int] | None = None
-    ) -> Iterator[tuple[Any, ...]]:
-        """Each group, or pieces of at most so many sequences, with its rows of tensors in this layout."""
-        groups = self.groups
-        if pieces is not None:
-            groups = [Group(some, g.length) for g in groups for some in g.starts.split(pieces(g))]
-        sizes = [group.size * group.length for group in groups]
-        return zip(groups, *(x.split(sizes) for x in tensors), strict=True)
-
-
 class Scores:
     """Attention among the sequences of a group, by a range of each one's queries: `[n·H, rows, L]`."""
 
@@ -139,7 +74,10 @@ class Scores:
             hidden = self.key > self.query
         if call.hide_self:
             hidden = self.key == self.query if hidden is None else self.key >= self.query
-        self.hidden = hidden
+        padding = None if call.causal else group.padding()  # the padding lies behind every query
+        if padding is not None:
+            hidden = padding if hidden is None else padding | hidden
+        self.hidden = hidden  # [rows, L], or [n, 1, rows or 1, L]
 
     def of(self, q: Tensor, k: Tensor, table: Tensor | None) -> Tensor:
         """The scores, minus infinity where a key is hidden."""
@@ -149,7 +87,7 @@ class Scores:
             bias = bias.transpose(0, 1) if bias.dim() == 4 else bias
             scores.unflatten(0, (-1, self.call.heads)).add_(bias)
         if self.hidden is not None:
-            scores.masked_fill_(self.hidden, -torch.inf)
+            scores.unflatten(0, (-1, self.call.heads)).masked_fill_(self.hidden, -torch.inf)
         return scores
 
     def bucket(self) -> Tensor:
@@ -159,7 +97,10 @@ class Scores:
         if self.call.positions is None:
             difference = self.query - self.key
         else:
-            index = self.call.positions[self.group.starts[:, None] + self.key].to(torch.int64)  # [n, L]
+            place = self.group.starts[:, None] + self.key  # [n, L]
+            if not self.group.even:
+                place.clamp_max_(self.call.positions.shape[0] - 1)
+            index = self.call.positions[place].to(torch.int64)
             difference = index[:, self.rows, None] - index[:, None, :]
         return difference.add_(buckets // 2).clamp_(0, buckets - 1)
 
@@ -199,34 +140,60 @@ def _plain(call: Attention) -> bool:
     return usual and call.q.device.type == "cpu" and call.dim == call.value_dim
 
 
+def _layout(call: Attention, cost: Cost) -> Layout:
+    if not call.q.is_cpu:
+        return Layout(call.offsets)
+    return Layout(call.offsets, cost.times(call.heads, call.q.shape[1]))
+
+
+def _forward_layout(call: Attention) -> Layout:
+    return _layout(call, FUSED if _plain(call) else BLOCKS)
+
+
+def pads(call: Attention) -> bool:
+    """Whether forward pads any sequence."""
+    return not all(group.padding() is None for group in _forward_layout(call).groups)
+
+
 def forward(call: Attention) -> tuple[Tensor, Tensor, Tensor]:
     """`out [T, H·dv]` in the dtype of v, the log-sum-exp `[H, T]` of the scores in `call.dtype`, and `out` as it was
     before rounding, if it was rounded and there is a table, whose gradients may cancel."""
-    layout = Layout(call.offsets)
-    tensors = [layout.gather(x, call.dtype) for x in (call.q, call.k, call.v)]
+    layout = _forward_layout(call)
+    q = layout.queries.gather(call.q, call.dtype)
+    k, v = (layout.keys.gather(x, call.dtype) for x in (call.k, call.v))
     if _plain(call):
-        pooled, mass = _forward_plain(call, layout, tensors)
+        pooled, mass = _forward_plain(call, layout, q, k, v)
     else:
-        pooled, mass = _forward_blocks(call, layout, tensors)
-    exact_out = layout.scatter(pooled, call.v, call.exact_dtype)
-    lse = layout.scatter(mass, call.q, call.dtype).t().contiguous()
+        pooled, mass = _forward_blocks(call, layout, q, k, v)
+    exact_out = layout.queries.scatter(pooled, call.v, call.exact_dtype)
+    lse = layout.queries.scatter(mass.t(), call.q, call.dtype).t().contiguous()
     out = exact_out.to(call.v.dtype)
     return out, lse, lse.new_empty(0) if out.dtype == exact_out.dtype else exact_out
 
 
-def _forward_plain(call: Attention, layout: Layout, tensors: list[Tensor]) -> tuple[Tensor, Tensor]:
-    pooled, mass = [tensors[2][:0]], [tensors[2].new_empty(0, call.heads)]
-    for group, *parts in layout.parts(*tensors):
-        q, k, v = (group.heads(part, call.heads) for part in parts)
-        out, lse = _flash_attention(q, k, v, 0.0, call.causal, scale=call.scale)
+def _mask(call: Attention, group: Group) -> Tensor | None:
+    """Added to the scores `[n, H, L, L]`; none where causal, as padding lies behind every query."""
+    padding = None if call.causal else group.padding()
+    if padding is None:
+        return None
+    return torch.zeros_like(padding, dtype=call.dtype).masked_fill_(padding, -torch.inf)
+
+
+def _forward_plain(call: Attention, layout: Layout, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    pooled, mass = [v[:0]], [v.new_empty(call.heads, 0)]
+    split = [layout.queries.split(q), layout.keys.split(k), layout.keys.split(v)]
+    for group, *parts in zip(layout.groups, *split, strict=True):
+        queries, keys, values = (group.heads(part, call.heads) for part in parts)
+        mask = _mask(call, group)
+        out, lse = _flash_attention(queries, keys, values, 0.0, call.causal, attn_mask=mask, scale=call.scale)
         pooled.append(group.rows(out))
-        mass.append(group.rows(lse.unsqueeze(3)))
-    return _joined(pooled), _joined(mass)
+        mass.append(lse.transpose(0, 1).flatten(1))
+    return _joined(pooled), _joined(mass, 1)
 
 
-def _forward_blocks(call: Attention, layout: Layout, tensors: list[Tensor]) -> tuple[Tensor, Tensor]:
+def _forward_blocks(call: Attention, layout: Layout, *tensors: Tensor) -> tuple[Tensor, Tensor]:
     table = None if call.table is None else call.table.to(call.dtype)
-    pooled, mass = [tensors[2][:0]], [tensors[2].new_empty(0, call.heads)]
+    pooled, mass = [tensors[2][:0]], [tensors[2].new_empty(call.heads, 0)]
     for group, *parts in layout.parts(*tensors, pieces=_pieces(call)):
         q, k, v = (group.heads(part, call.heads).flatten(0, 1) for part in parts)
         outs, logarithms = [], []
@@ -239,22 +206,26 @@ def _forward_blocks(call: Attention, layout: Layout, tensors: list[Tensor]) -> t
             logarithms.append(torch.where(some, peak + total.log(), 0))
             outs.append(torch.bmm(block.drop_(attention), v).div_(torch.where(some, total, 1)))
         pooled.append(group.rows(torch.cat(outs, 1).unflatten(0, (-1, call.heads))))
-        mass.append(group.rows(torch.cat(logarithms, 1).unflatten(0, (-1, call.heads))))
-    return _joined(pooled), _joined(mass)
+        mass.append(torch.cat(logarithms, 1).view(-1, call.heads, group.length).transpose(0, 1).flatten(1))
+    return _joined(pooled), _joined(mass, 1)
 
 
 def backward(call: Attention, grad_out: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, ...]:
     """dL/dq, dL/dk, dL/dv in their dtypes, and dL/dtable `[R, H]` in `call.dtype`, empty without a table."""
-    layout = Layout(call.offsets)
-    tensors = [layout.gather(x, call.dtype) for x in (grad_out, call.q, call.k, call.v, out, lse.t())]
     exact = out.dtype == call.dtype
+    plain = _plain(call) and exact
+    layout = _layout(call, FUSED_BACKWARD if plain else BLOCKS)
+    rows = layout.queries  # and keys
+    tensors = [rows.gather(x, call.dtype) for x in (grad_out, call.q, call.k, call.v, out)]
+    # What is the padding's attention, which no gradient meets, must be finite, whatever its bias.
+    tensors.append(rows.gather(lse.t(), call.dtype, 0 if call.table is None else torch.finfo(call.dtype).max))
     grad_table = lse.new_zeros(0 if call.table is None else call.table.shape)
-    if _plain(call) and exact:
+    if plain:
         grads = _backward_plain(call, layout, tensors)
     else:
         grads = _backward_blocks(call, layout, tensors, exact, grad_table)
     inputs = (call.q, call.k, call.v)
-    return *(layout.scatter(g, x, x.dtype) for g, x in zip(grads, inputs, strict=True)), grad_table
+    return *(rows.scatter(g, x, x.dtype) for g, x in zip(grads, inputs, strict=True)), grad_table
 
 
 def _backward_plain(call: Attention, layout: Layout, tensors: list[Tensor]) -> list[Tensor]:
@@ -262,7 +233,8 @@ def _backward_plain(call: Attention, layout: Layout, tensors: list[Tensor]) -> l
     for group, *parts in layout.parts(*tensors):
         *given, lse = (group.heads(part, call.heads) for part in parts)
         lse = lse.squeeze(3).contiguous()
-        results = _flash_attention_backward(*given, lse, 0.0, call.causal, scale=call.scale)
+        mask = _mask(call, group)
+        results = _flash_attention_backward(*given, lse, 0.0, call.causal, attn_mask=mask, scale=call.scale)
         for result, gradient in zip(results, grads, strict=True):
             gradient.append(group.rows(result))
     return [_joined(gradient) for gradient in grads]
@@ -295,9 +267,9 @@ def _backward_blocks(
     return [_joined(gradient) for gradient in grads]
 
 
-def _joined(parts: list[Tensor]) -> Tensor:
+def _joined(parts: list[Tensor], dim: int = 0) -> Tensor:
     """Of groups, behind an empty one: without a copy if it is one."""
-    return parts[1] if len(parts) == 2 else torch.cat(parts)
+    return parts[1] if len(parts) == 2 else torch.cat(parts, dim)
 
 
 def _add_to_table(grad_table: Tensor, grad: Tensor, block: Scores) -> None:

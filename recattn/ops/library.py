@@ -35,11 +35,12 @@ def choose(
     on_gpu: bool,
     triton: Callable[[], Any],
     composite: Callable[[], Any],
-    variant: Variant | None = None,
+    variant: Variant | Callable[[], Variant | None] | None = None,
 ) -> Any:
     """Runs one of two implementations: the backend named, or else kernels on a GPU where they cover the call. `variant`
-    says what the composite does on the CPU, if it depends on the call."""
+    says what the composite does on the CPU, if it depends on the call; a function is asked where it is reported."""
     if _explaining is not None:
+        variant = variant() if callable(variant) else variant
         _explaining.seen(choice(operator, call, backend, _explaining.on_gpu, variant))
         return composite()
     reason = _reason_for_composite(operator, call, backend, on_gpu)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from recattn.composite import self_attention as composite
-from recattn.ops.library import LIBRARY, choose, differentiable_once, implement
+from recattn.ops.library import LIBRARY, Variant, choose, differentiable_once, implement
 
 __all__ = ["backward_op", "forward_op"]
 
@@ -21,6 +21,7 @@ LIBRARY.define(f"self_attention({_ARGUMENTS}) -> (Tensor out, Tensor lse, Tensor
 LIBRARY.define(
     f"self_attention_backward(Tensor grad_out, Tensor out, Tensor lse, Tensor exact_out, {_ARGUMENTS}) -> Tensor[]"
 )
+PADDED = Variant("padded groups", "to pad short sequences costs less than a call for each length")
 forward_op = torch.ops.recattn.self_attention.default
 backward_op = torch.ops.recattn.self_attention_backward.default
 
@@ -34,7 +35,10 @@ def _forward(*arguments: Any, on_gpu: bool) -> tuple[Tensor, Tensor, Tensor]:
 
         return forward(call)
 
-    return choose("self_attention", call, backend, on_gpu, triton, partial(composite.forward, call))
+    def variant() -> Variant | None:
+        return PADDED if composite.pads(call) else None
+
+    return choose("self_attention", call, backend, on_gpu, triton, partial(composite.forward, call), variant)
 
 
 def _backward(
@@ -98,5 +102,12 @@ class _Autograd(torch.autograd.Function):
         return grad_q, grad_k, grad_v, None, *(table or [None]), *(None,) * 8
 
 
-LIBRARY.impl("self_attention", _Autograd.apply, "Autograd")
+def _with_autograd(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    if not torch.is_grad_enabled():
+        with torch._C._AutoDispatchBelowAutograd():
+            return forward_op(*arguments)
+    return _Autograd.apply(*arguments)
+
+
+LIBRARY.impl("self_attention", _with_autograd, "Autograd")
 differentiable_once("self_attention")
