@@ -161,11 +161,11 @@ def _streamed(call: Call) -> WeightSums:
         call.data.key.shape[1], call.net.hidden, peak_mass.device
     )
     row = "split" if split else call.net.precision
-    gate = " gate" if row == "half" and PARAMS.get(call.net.form.kernel, 0) > 1 else ""
+    gate = "gate " if row == "half" and PARAMS.get(call.net.form.kernel, 0) > 1 else ""
     device = peak_mass.device
     tokens = call.tuned("tokens", row, settings.choose(settings.BACKWARD_TOKENS, row, device))
     weights = call.tuned(
-        "weights", row + gate, settings.choose(settings.BACKWARD_WEIGHTS, row + gate, device)
+        "weights", gate + row, settings.choose(settings.BACKWARD_WEIGHTS, gate + row, device)
     )
     first, later = call.programs(tokens), call.programs(weights)
     spec = call.spec(tokens, settings.SPLIT_TOKENS if split else None)

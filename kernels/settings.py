@@ -115,7 +115,7 @@ BACKWARD_TOKENS: Table = {
 BACKWARD_WEIGHTS: Table = {
     "half": Launch(32, 2, 1, 64, (32, 8), 64, 512, 4),
     "half cdna": Launch(64, 4, 1, 16, (16, 16), 64, 512, 2),
-    "half gate": Launch(32, 2, 1, 32, (32, 8), 64, 512, 4),  # of several params per unit
+    "gate half": Launch(32, 2, 1, 32, (32, 8), 64, 512, 4),  # of several params per unit
     "tf32": Launch(32, 2, 1, 64, (32, 8), 32, 512, 4),
     "ieee": Launch(32, 2, 1, 64, (32, 8), 64, 512, 4),
     "split": Launch(32, 2, 1, 64, (32, 8), 64, 512, 4),
