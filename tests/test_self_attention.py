@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from self_attention_cases import SEQUENCES, Case, assert_within_budget, call, variant
 from torch import Tensor
 
 import recattn
-from recattn import functional
+from recattn import functional, reference
+from recattn.jagged import offsets_of
 
 KINDS = {
     "full": {},
@@ -224,3 +227,33 @@ def test_elements_of_a_row_may_lie_apart(causal: bool, backend: str) -> None:
 @pytest.mark.parametrize("causal", [False, True])
 def test_the_scale_may_be_anything(causal: bool, scale: float, backend: str) -> None:
     check(variant(lengths=[2, 0, 9], causal=causal, scale=scale), backend)
+
+
+@pytest.mark.parametrize("index", ["position", "time"])
+def test_the_gradient_of_a_table_keeps_its_digits_over_many_sequences(index: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.randint(1, 30, (360,), generator=generator)
+    total, offsets = int(lengths.sum()), offsets_of(lengths)
+    *tensors, upstream = (torch.randn(total, 32, generator=generator) for _ in range(4))
+    table = torch.randn(16, 2, generator=generator)
+    stamps = torch.sort(torch.randint(0, 1000, (total,), generator=generator)).values
+
+    def gradient(attention: Callable[..., Tensor], dtype: torch.dtype) -> Tensor:
+        bias_table = table.to(dtype).requires_grad_()
+        out = attention(
+            *(x.to(dtype) for x in tensors),
+            offsets,
+            num_heads=2,
+            causal=True,
+            bias_table=bias_table,
+            bias_index="position" if index == "position" else stamps,
+        )
+        (grad,) = torch.autograd.grad(out, bias_table, upstream.to(dtype))
+        return grad.double()
+
+    exact = gradient(reference.self_attention, torch.float64)
+    eager, fused = (
+        (gradient(attention, torch.float32) - exact).norm()
+        for attention in (reference.self_attention, functional.self_attention)
+    )
+    assert fused <= 2 * eager

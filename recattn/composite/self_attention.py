@@ -219,13 +219,14 @@ def backward(call: Attention, grad_out: Tensor, out: Tensor, lse: Tensor) -> tup
     tensors = [rows.gather(x, call.dtype) for x in (grad_out, call.q, call.k, call.v, out)]
     # What is the padding's attention, which no gradient meets, must be finite, whatever its bias.
     tensors.append(rows.gather(lse.t(), call.dtype, 0 if call.table is None else torch.finfo(call.dtype).max))
-    grad_table = lse.new_zeros(0 if call.table is None else call.table.shape)
+    # In float64: a bucket's sum is over all sequences, one by one, of terms that cancel.
+    grad_table = lse.new_zeros(0 if call.table is None else call.table.shape, dtype=torch.float64)
     if plain:
         grads = _backward_plain(call, layout, tensors)
     else:
         grads = _backward_blocks(call, layout, tensors, exact, grad_table)
     inputs = (call.q, call.k, call.v)
-    return *(rows.scatter(g, x, x.dtype) for g, x in zip(grads, inputs, strict=True)), grad_table
+    return *(rows.scatter(g, x, x.dtype) for g, x in zip(grads, inputs, strict=True)), grad_table.to(call.dtype)
 
 
 def _backward_plain(call: Attention, layout: Layout, tensors: list[Tensor]) -> list[Tensor]:
@@ -278,9 +279,9 @@ def _add_to_table(grad_table: Tensor, grad: Tensor, block: Scores) -> None:
     grad = grad.unflatten(0, (-1, heads))
     bucket = block.bucket()
     if bucket.dim() == 2:
-        grad = grad.sum(0)
+        grad = grad.sum(0, dtype=torch.float64)
         bucket = bucket.expand(heads, *bucket.shape)
     else:
         bucket = bucket.unsqueeze(1).expand(grad.shape)
     place = bucket * heads + torch.arange(heads, device=grad.device)[:, None, None]
-    grad_table.view(-1).index_add_(0, place.flatten(), grad.flatten())
+    grad_table.view(-1).index_add_(0, place.flatten(), grad.flatten().to(torch.float64))
