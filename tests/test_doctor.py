@@ -34,7 +34,9 @@ OPERATORS = ("activation_unit", "target_attention", "self_attention", "attention
 def test_each_operator_says_what_it_runs_on_each_device_and_why() -> None:
     on_cpu = {finding.name.strip(): finding.found for finding in doctor.operators("cpu")}
     assert tuple(on_cpu) == OPERATORS
-    assert set(on_cpu.values()) == {"PyTorch operations (not on a GPU)"}
+    few = "PyTorch operations (not on a GPU; the hidden units of all rows fit in 8 MiB)"
+    assert set(on_cpu.values()) == {"PyTorch operations (not on a GPU)", few}
+    assert on_cpu["activation_unit"] == few
     on_gpu = {finding.name.strip(): finding.found for finding in doctor.operators("cuda")}
     assert tuple(on_gpu) == tuple(f"{op}, {dtype}" for op in OPERATORS for dtype in ("float32", "bfloat16"))
     assert all("kernels (" in found for found in on_gpu.values())

@@ -59,7 +59,7 @@ NOT_FITTING = """
 from recattn.inspect.chips import CHIPS
 CHIPS["sm_80"] = CHIPS["sm_80"]._replace(program_shared_memory=512)
 """
-UNCOVERED = "calls.CALLS = (calls.ActivationUnit(D=128, hidden=(512, 256)),)"
+UNCOVERED = "calls.CALLS = (calls.ActivationUnit(D=128, hidden=(512, 256), candidates=8),)"
 # Those that no call launches.
 EVERY_KERNEL = """
 import torch

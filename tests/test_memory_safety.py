@@ -179,6 +179,7 @@ for name, changes in {
     "plain": {},
     "dropout and weights": {"dropout": 0.3, "return_weights": True},
     "bf16": {"dtype": BF16, "count": 9},
+    "wide": {"dim": 40, "hidden": 36, "count": 4, "batch": 5},
     "no pair": {"count": 1},
     "no sample": {"batch": 0},
 }.items():

@@ -258,6 +258,7 @@ CALLS: tuple[Call, ...] = (
     ActivationUnit(candidates=8),
     ActivationUnit(L=100, D=128, hidden=(512, 256)),
     ActivationUnitStatistics(),
+    ActivationUnitStatistics(L=100, D=128, hidden=(512, 256)),
     TargetAttention(bias=True),
     TargetAttention(L=10),
     TargetAttention(heads=2, candidates=64),
@@ -268,6 +269,7 @@ CALLS: tuple[Call, ...] = (
     AttentionalGru(),
     AttentionalGru(D=64, reset_after=False),
     AttentionalGru(kind="gru"),
+    AttentionalGru(D=128),
     PairwisePool(),
     PairwisePool(F=24, D=40, A=40),
 )
