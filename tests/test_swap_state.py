@@ -16,6 +16,7 @@ import recattn
 
 pytestmark = pytest.mark.parametrize("name", LAYERS)
 EQUAL = 1e-5
+ROUNDED = 10.0  # in float32; what is exact in float64 is in test_swap_options.py
 
 
 def trainable(name: str) -> Example:
@@ -56,7 +57,7 @@ def test_train_and_eval_are_those_of_the_library(name: str, training: bool) -> N
         assert {m.training for m in layer.modules()} == {training}
         loss(found, layer).backward()
     assert_same([found.out(twin)], [found.out(own)], EQUAL)
-    assert_same(gradients(twin), gradients(own), EQUAL)
+    assert_same(gradients(twin), gradients(own), EQUAL, least=ROUNDED)
     assert_same(list(twin.buffers()), list(own.buffers()), EQUAL)
 
 
@@ -134,6 +135,6 @@ def test_distributed_data_parallel_trains_it(name: str) -> None:
     parallel = nn.parallel.DistributedDataParallel(twin, find_unused_parameters=True)
     for layer in (own, parallel):
         loss(found, layer).backward()
-    assert_same(gradients(twin), gradients(own), EQUAL)
+    assert_same(gradients(twin), gradients(own), EQUAL, least=ROUNDED)
     if next(twin.buffers(), None) is not None:
         assert_same(list(twin.buffers()), list(own.buffers()), EQUAL)
