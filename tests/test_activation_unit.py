@@ -207,7 +207,9 @@ def test_a_backend_asked_for_by_name_never_falls_back() -> None:
         run(variant(dtype=torch.float64), "triton")
     with pytest.raises(NotImplementedError, match=r'backend "triton".*1 to 3 hidden layers, not 4'):
         run(variant(hidden=(4, 4, 4, 4)), "triton")
-    with pytest.raises(NotImplementedError, match=r'backend "triton".*hidden layers up to 512 wide, not 5 and 600'):
+    with pytest.raises(
+        NotImplementedError, match=r'backend "triton".*hidden layers up to 512 wide, not 5 and 600'
+    ):
         run(variant(dim=5, hidden=(600,)), "triton")
 
 

@@ -226,7 +226,9 @@ def backward(call: Attention, grad_out: Tensor, out: Tensor, lse: Tensor) -> tup
     else:
         grads = _backward_blocks(call, layout, tensors, exact, grad_table)
     inputs = (call.q, call.k, call.v)
-    return *(rows.scatter(g, x, x.dtype) for g, x in zip(grads, inputs, strict=True)), grad_table.to(call.dtype)
+    return *(rows.scatter(g, x, x.dtype) for g, x in zip(grads, inputs, strict=True)), grad_table.to(
+        call.dtype
+    )
 
 
 def _backward_plain(call: Attention, layout: Layout, tensors: list[Tensor]) -> list[Tensor]:
