@@ -48,7 +48,7 @@ def products_in_tf32() -> Iterator[None]:
     torch.set_float32_matmul_precision(before)
 
 
-@pytest.fixture(params=["tf32", "ieee", "bf16", pytest.param("fp16", marks=pytest.mark.slow)])
+@pytest.fixture(params=["ieee", "bf16", *(pytest.param(name, marks=pytest.mark.slow) for name in ("tf32", "fp16"))])
 def dtype(request: pytest.FixtureRequest) -> torch.dtype:
     if request.param == "ieee":
         torch.set_float32_matmul_precision("highest")
