@@ -48,7 +48,9 @@ def products_in_tf32() -> Iterator[None]:
     torch.set_float32_matmul_precision(before)
 
 
-@pytest.fixture(params=["ieee", "bf16", *(pytest.param(name, marks=pytest.mark.slow) for name in ("tf32", "fp16"))])
+@pytest.fixture(
+    params=["ieee", "bf16", *(pytest.param(name, marks=pytest.mark.slow) for name in ("tf32", "fp16"))]
+)
 def dtype(request: pytest.FixtureRequest) -> torch.dtype:
     if request.param == "ieee":
         torch.set_float32_matmul_precision("highest")
